@@ -1,0 +1,31 @@
+"""minillm: a small engine for distributed LLM inference, made to be read. Names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "minillm.llm",
+    "SamplingParams": "minillm.model.sampling",
+    "Layout": "minillm.parallel.layout",
+    "Ranks": "minillm.ranks",
+    "RankError": "minillm.ranks",
+    "context": "minillm.ranks",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"minillm has no {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext minillm`: the `%%ranks` cell magic."""
+    from minillm.lesson.magics import register
+
+    register(shell)

@@ -1,0 +1,74 @@
+"""Which device and which transport a job of `world_size` ranks gets on this machine.
+
+NCCL when every rank has a GPU of its own; else several ranks on one GPU; else gloo on CPU processes.
+Nothing here creates a CUDA context: the notebook kernel may ask.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where the ranks compute and what carries their messages.
+
+    `name` is what `torch.distributed.init_process_group` takes; `staged` says that messages of CUDA tensors are
+    copied through host memory (gloo).
+    """
+
+    name: str
+    device_type: str
+    device_count: int
+
+    @property
+    def staged(self) -> bool:
+        return self.device_type == "cuda" and self.name != "nccl"
+
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the rank with this number on its host; ranks share GPUs round-robin when there are too few."""
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank % self.device_count)
+
+    def describe(self) -> str:
+        """One line for people: "gloo on CPU processes"."""
+        transport = "NCCL" if self.name == "nccl" else "gloo"
+        if self.device_type == "cpu":
+            return f"{transport} on CPU processes"
+        return f"{transport} on {self.device_count} GPU{'s' * (self.device_count > 1)}"
+
+
+def choose_backend(world_size: int, device: str | None = None) -> Backend:
+    """The backend for `world_size` ranks; `device` ("cpu" or "cuda") overrides what the machine suggests.
+
+    Raises `ValueError` when "cuda" is asked for and there is none.
+    """
+    if device not in (None, *DEVICES):
+        raise ValueError(f"device={device!r} is not known; choose one of {', '.join(DEVICES)}, or None for this machine's best")
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus == 0:
+        raise ValueError("device='cuda' was asked for, but torch sees no GPU here; pass device='cpu'")
+    if device == "cpu" or gpus == 0:
+        return Backend("gloo", "cpu", 0)
+    if gpus >= world_size or nccl_shares_gpus():
+        return Backend("nccl", "cuda", gpus)
+    return Backend("cpu:gloo,cuda:gloo", "cuda", gpus)
+
+
+def nccl_shares_gpus() -> bool:
+    """Whether this NCCL takes several ranks on one GPU: version 2.30 or newer, and switched on by its variable."""
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        return False
+    return tuple(torch.cuda.nccl.version()) >= (2, 30)
+
+
+def loopback_interface() -> str:
+    """The name of the network interface that never leaves this machine."""
+    return "lo0" if sys.platform == "darwin" else "lo"

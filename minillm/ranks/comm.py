@@ -1,0 +1,164 @@
+"""The collectives that the engine uses, over one group of ranks, each counted and published before it waits.
+
+A `Comm` owns a process group of its own, made under a prefix of the job's store: it never touches torch's global
+world, so the ranks of one instance can die and come back while other instances go on.
+It does not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minillm.ranks.backend import Backend
+from minillm.ranks.board import Board, Operation
+from minillm.ranks.watch import caller, p2p_channels, shape_of
+
+_FOR_EVER = timedelta(days=1)  # the watch over the ranks ends a job, not the transport
+
+
+@dataclass
+class Count:
+    """How often an operation ran, and the bytes of message this rank put in."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Comm:
+    """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
+
+    Every method is blocking and must be called by all members alike, except `send` and `recv`. Peers and roots are
+    numbered within the group. `counts` maps the operation's name to its `Count`.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    rank: int  # within the group
+    board: Board
+    backend: Backend
+    group: Any = None  # torch process group; None for a group of one
+    counts: dict[str, Count] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in the group."""
+        return len(self.members)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over the group, in place; every rank gets the same sum. Message: the tensor's bytes."""
+        buffer = self._stage(tensor)
+        self._run("all_reduce", tensor, tensor, lambda: self.group.allreduce([buffer]))
+        return self._unstage(buffer, tensor)
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """Copy the root's `tensor` to every rank, in place. Message: the tensor's bytes at the root, 0 elsewhere."""
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        buffer = self._stage(tensor)
+        sent = tensor if self.rank == root else tensor[:0]
+        self._run("broadcast", tensor, sent, lambda: self.group.broadcast([buffer], options), f" root={root}")
+        return self._unstage(buffer, tensor)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[n, …] on each rank -> [size · n, …] on every rank, in group order. All ranks give the same shape."""
+        buffer = self._stage(tensor.contiguous())
+        result = buffer.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        self._run("all_gather", tensor, tensor, lambda: self.group._allgather_base(result, buffer))
+        return (result if self.size > 1 else buffer.clone()).to(tensor.device)
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[size · n, …] on each rank -> this rank's [n, …] slice of the sum over ranks.
+
+        Raises `ValueError` when the first dimension is no multiple of the group's size.
+        """
+        if tensor.shape[0] % self.size:
+            raise ValueError(f"reduce_scatter of {tensor.shape[0]} rows over {self.size} ranks: give a multiple of {self.size}")
+        buffer = self._stage(tensor.contiguous())
+        result = buffer.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+        self._run("reduce_scatter", tensor, tensor, lambda: self.group._reduce_scatter_base(result, buffer))
+        return (result if self.size > 1 else buffer.clone()).to(tensor.device)
+
+    def all_to_all(self, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> torch.Tensor:
+        """Send `send_rows[i]` rows of `tensor` to rank i, receive `recv_rows[i]` from it; rows arrive in rank order.
+
+        Raises `ValueError` when the splits do not cover the tensor.
+        """
+        if len(send_rows) != self.size or len(recv_rows) != self.size or sum(send_rows) != tensor.shape[0]:
+            raise ValueError(
+                f"all_to_all of {tensor.shape[0]} rows over {self.size} ranks: "
+                f"send_rows={send_rows} must sum to {tensor.shape[0]}, and recv_rows={recv_rows} needs {self.size} numbers"
+            )
+        buffer = self._stage(tensor.contiguous())
+        result = buffer.new_empty(sum(recv_rows), *tensor.shape[1:])
+        self._run(
+            "all_to_all", None, tensor, lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows)
+        )
+        return (result if self.size > 1 else buffer.clone()).to(tensor.device)
+
+    def barrier(self) -> None:
+        """Wait until every rank of the group is here."""
+        self._run("barrier", None, None, lambda: self.group.barrier())
+
+    def send(self, tensor: torch.Tensor, to: int, tag: int = 0) -> None:
+        """Send `tensor` to a rank of the group; returns when the buffer may be reused."""
+        mine, theirs = p2p_channels(self.name, self.members[self.rank], self.members[to], tag)
+        operation = Operation("send", shape_of(tensor), mine, theirs, (self.members[to],), caller())
+        self._count("send", tensor)
+        number, _ = self.board.enter(operation)
+        self.group.send([self._stage(tensor.contiguous())], to, tag).wait()
+        self.board.leave(number)
+
+    def recv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> torch.Tensor:
+        """Receive into `tensor`, in place, from a rank of the group."""
+        theirs, mine = p2p_channels(self.name, self.members[source], self.members[self.rank], tag)
+        operation = Operation("recv", shape_of(tensor), mine, theirs, (self.members[source],), caller())
+        buffer = self._stage(tensor)
+        number, _ = self.board.enter(operation)
+        self.group.recv([buffer], source, tag).wait()
+        self.board.leave(number)
+        return self._unstage(buffer, tensor)
+
+    def _run(self, name: str, agreed: torch.Tensor | None, sent: torch.Tensor | None, start: Any, extra: str = "") -> None:
+        """Count, publish, wait. A group of one has nothing to do."""
+        self._count(name, sent)
+        if self.group is None:
+            return
+        signature = (shape_of(agreed) if agreed is not None else "") + extra
+        operation = Operation(name, signature, f"comm {self.name}", "", self.members, caller())
+        number, _ = self.board.enter(operation)
+        start().wait()
+        self.board.leave(number)
+
+    def _count(self, name: str, sent: torch.Tensor | None) -> None:
+        count = self.counts.setdefault(name, Count())
+        count.calls += 1
+        count.bytes += sent.numel() * sent.element_size() if sent is not None else 0
+
+    def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that the transport sees: itself, or a copy in host memory when gloo carries CUDA tensors."""
+        return tensor.cpu() if self.backend.staged else tensor
+
+    def _unstage(self, buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(buffer) if buffer is not tensor else tensor
+
+
+def make_group(store: dist.Store, name: str, rank: int, size: int, backend: Backend, local: bool) -> Any:
+    """A raw torch process group under its own prefix of `store`; `local` binds it to the loopback interface."""
+    if size == 1:
+        return None
+    scoped = dist.PrefixStore(name, store)
+    if backend.name == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _FOR_EVER
+        return dist.ProcessGroupNCCL(scoped, rank, size, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = _FOR_EVER
+    hostname = {"hostname": "127.0.0.1"} if local else {"interface": ""}
+    options._devices = [dist.ProcessGroupGloo.create_device(**hostname) if local else dist.ProcessGroupGloo.create_default_device()]
+    return dist.ProcessGroupGloo(scoped, rank, size, options)

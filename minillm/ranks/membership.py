@@ -1,0 +1,113 @@
+"""What a rank knows of itself: its number, its device, its groups. `context()` finds it from any code in the rank.
+
+The same context stands in a process started by `Ranks`, by `torchrun` and by `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minillm.ranks.backend import Backend, choose_backend, loopback_interface
+from minillm.ranks.board import BOARD_BYTES, Board
+from minillm.ranks.comm import Comm, make_group
+from minillm.ranks.watch import watch_torch
+
+
+@dataclass
+class RankContext:
+    """One rank of a job. `device` is where its tensors live; `namespace` is what `%%ranks` cells share."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: Backend
+    store: dist.Store
+    board: Board
+    local: bool = True  # all ranks on one host
+    send_event: Callable[[Any], None] = lambda event: None
+    namespace: dict[str, Any] = field(default_factory=dict)
+    _comms: dict[str, Comm] = field(default_factory=dict)
+
+    def comm(self, members: tuple[int, ...] | None = None, name: str | None = None) -> Comm:
+        """The engine's collectives over `members` (global ranks in group order; all of them by default).
+
+        All members must ask for it, with the same name. Made on first use and kept.
+        """
+        members = tuple(range(self.world_size)) if members is None else tuple(members)
+        if self.rank not in members:
+            raise ValueError(f"rank {self.rank} is not among the members {list(members)} of this group")
+        name = name or "-".join(map(str, members))
+        if name not in self._comms:
+            place = members.index(self.rank)
+            group = make_group(self.store, f"comm/{name}", place, len(members), self.backend, self.local)
+            self._comms[name] = Comm(name, members, place, self.board, self.backend, group)
+        return self._comms[name]
+
+    def emit(self, event: Any) -> None:
+        """Send something to the `on_event=` of the call that runs here, while it runs."""
+        self.board.tick()
+        self.send_event(event)
+
+    def tick(self) -> None:
+        """Say that this rank is getting on with long work, so that ranks waiting for it keep waiting."""
+        self.board.tick()
+
+
+_current: RankContext | None = None
+
+
+def context() -> RankContext:
+    """The context of the rank that this code runs in.
+
+    In a process of `torchrun` or `accelerate launch` the first call joins the job. Raises `RuntimeError` elsewhere.
+    """
+    if _current is None:
+        if "TORCHELASTIC_RUN_ID" not in os.environ and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+            raise RuntimeError("this process is no rank: call it inside Ranks.run(…), a %%ranks cell, or under torchrun")
+        return _join_launched_job()
+    return _current
+
+
+def set_context(new: RankContext) -> RankContext:
+    """Make `new` the context of this process."""
+    global _current
+    _current = new
+    return new
+
+
+def join(
+    rank: int, world_size: int, local_rank: int, backend: Backend, store: dist.Store, memory: memoryview | bytearray,
+    local: bool = True,
+) -> RankContext:
+    """Set up torch's default group and the board for this process, and make its context."""
+    device = backend.device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if local:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    board = Board(memory)
+    dist.init_process_group(
+        backend.name, store=dist.PrefixStore("world", store), rank=rank, world_size=world_size,
+        timeout=timedelta(days=1), **({"device_id": device} if backend.name == "nccl" else {}),
+    )
+    watch_torch(board, rank)
+    return set_context(RankContext(rank, world_size, device, backend, store, board, local))
+
+
+def _join_launched_job() -> RankContext:
+    """The context from the environment that `torchrun` and `accelerate launch` set."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    scoped = dist.PrefixStore("minillm", store)
+    backend = choose_backend(local_size)
+    return join(rank, world_size, local_rank, backend, scoped, bytearray(BOARD_BYTES), local_size == world_size)

@@ -1,0 +1,100 @@
+"""Starting and ending rank processes. It knows pipes, pids and the fork server, and nothing of collectives."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+PRELOAD = ["minillm.ranks.worker"]
+
+
+def start_method() -> str:
+    """"forkserver" where the system has it, else "spawn" (slower: every rank imports torch for itself)."""
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def warm_up() -> None:
+    """Start the fork server, which imports torch while this process goes on. Returns at once."""
+    if start_method() == "forkserver":
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        with _no_main():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Hide the main module's file, so that a new process does not run the user's script a second time."""
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+
+
+@dataclass
+class RankProcess:
+    """One rank as the launching process holds it. `board` is the shared memory that the rank writes."""
+
+    process: Any
+    calls: Connection
+    control: Connection
+    board: memoryview
+
+    @property
+    def alive(self) -> bool:
+        return self.process.exitcode is None
+
+    @property
+    def exit_text(self) -> str:
+        """"killed by SIGKILL", "exited with status 3"."""
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exited with status {code}"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the process is stopped (SIGSTOP, a debugger)."""
+        try:
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
+
+    def kill(self) -> None:
+        """End the process at once and close its pipes."""
+        if self.alive:
+            self.process.kill()
+        self.process.join(5)
+        self.calls.close()
+        self.control.close()
+
+
+def start_rank(seat: Any) -> RankProcess:
+    """Start the process that sits on `seat` (a `worker.Seat`)."""
+    import torch.multiprocessing as torch_multiprocessing
+    import torch
+
+    from minillm.ranks.board import BOARD_BYTES
+    from minillm.ranks.worker import main
+
+    context: Any = torch_multiprocessing.get_context(start_method())
+    calls, calls_there = context.Pipe()
+    control, control_there = context.Pipe()
+    board = torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_()
+    process = context.Process(target=main, args=(seat, calls_there, control_there, board), daemon=True)
+    with _no_main():
+        process.start()
+    calls_there.close()
+    control_there.close()
+    return RankProcess(process, calls, control, memoryview(board.numpy()))
