@@ -1,0 +1,162 @@
+"""`LLM`: the one file that knows every mode. It puts checkpoint, model, engine and layout together."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minillm.engine.engine import Engine
+from minillm.engine.request import Metrics, Piece, Request, RequestOutput
+from minillm.kv.contiguous import ContiguousCache
+from minillm.model.batch import Batch, Chunk
+from minillm.model.checkpoint import find_checkpoint
+from minillm.model.config import DTYPE_BYTES, read_config
+from minillm.model.decoder import Decoder
+from minillm.model.sampling import SamplingParams
+from minillm.model.tokenizer import Tokenizer
+from minillm.model.weights import load_weights
+from minillm.parallel.layout import Layout
+from minillm.trace.trace import Trace
+
+Prompt = str | list[int]
+
+
+class LLM:
+    """A language model ready to answer.
+
+    `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
+    in this process. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16",
+    "float16" or None for float32 on a CPU and the checkpoint's own on a GPU. Raises `ValueError` in one line for
+    whatever cannot be.
+    """
+
+    def __init__(
+        self, checkpoint: str | Path | None = None, layout: str | Layout = "", device: str | None = None, dtype: str | None = None
+    ) -> None:
+        self.layout = Layout.parse(layout)
+        self.folder = find_checkpoint(checkpoint)
+        self.config = read_config(self.folder)
+        self.layout.check(self.config)
+        if self.layout != Layout():
+            raise ValueError(f"layout {str(self.layout)!r} is not built yet: this version runs one device, layout=''")
+        self.device = _device(device)
+        self.tokenizer = Tokenizer(self.folder)
+        self.model = Decoder(self.config)
+        load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
+        self.trace = Trace()
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
+        """Continue every prompt (a text, or token ids); returns the outputs in the prompts' order.
+
+        `params` is one `SamplingParams` for all, or one for each. `trace` then holds this run.
+        """
+        requests = self._requests(prompts, params)
+        for _ in self._run(requests):
+            pass
+        return [request.output() for request in requests]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`."""
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        return self._run(self._requests([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
+
+    def chat(self, message: str | list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a question, or continue a conversation [{"role": "user", "content": "…"}, …], by the chat template."""
+        messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        return self.generate([self.tokenizer.chat(messages)], params)[0]
+
+    def score(self, token_ids: list[int]) -> torch.Tensor:
+        """The model's logits after each token of a text: [tokens, vocab], in the model's dtype."""
+        self._check(token_ids, 0)
+        cache = ContiguousCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
+        with one_thread():
+            return self.model(Batch((Chunk(0, 0, tuple(token_ids)),)), cache, every_row=True)
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("model", None)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _run(self, requests: list[Request]) -> Iterator[Piece]:
+        engine = Engine(self.model, requests)
+        self.trace = engine.trace
+        pieces = engine.run()
+        while True:
+            with one_thread():
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise ValueError("prompts must be a list: write generate([prompt])")
+        if not prompts:
+            raise ValueError("there are no prompts: give a list of at least one")
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters: give one for all, or one for each")
+        tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
+        now = time.monotonic()
+        return [self._request(number, ids, one, now) for number, (ids, one) in enumerate(zip(tokens, each))]
+
+    def _request(self, index: int, prompt: list[int], params: SamplingParams, now_s: float) -> Request:
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids))
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        return Request(index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), Metrics(now_s))
+
+    def _encode(self, prompt: Prompt, number: int) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+            ids = prompt
+        else:
+            raise ValueError(f"prompt {number} is a {type(prompt).__name__}: give a text, or a list of token ids")
+        self._check(ids, number, room_for=1)
+        return ids
+
+    def _check(self, ids: list[int], number: int, room_for: int = 0) -> None:
+        if not ids:
+            raise ValueError(f"prompt {number} is empty: give at least one token")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise ValueError(f"prompt {number} holds a token id outside 0 … {self.config.vocab_size - 1}")
+        if len(ids) + room_for > self.config.max_positions:
+            limit = self.config.max_positions - room_for
+            raise ValueError(f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one CPU thread, as every rank does, so that sums come out the same; then as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(name: str | None) -> torch.device:
+    if name not in (None, "cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not known; choose 'cpu', 'cuda', or None for a GPU if there is one")
+    gpu = torch.cuda.is_available() if name != "cpu" else False
+    if name == "cuda" and not gpu:
+        raise ValueError("device='cuda' was asked for, but torch sees no GPU here; pass device='cpu'")
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _dtype(name: str | None, device: torch.device, stored: str) -> torch.dtype:
+    name = str(name).removeprefix("torch.") if name is not None else (stored if device.type == "cuda" else "float32")
+    if name not in DTYPE_BYTES:
+        raise ValueError(f"dtype={name!r} is not known; choose one of {', '.join(DTYPE_BYTES)}")
+    return getattr(torch, name)

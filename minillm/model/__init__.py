@@ -1,0 +1,1 @@
+"""The plain single-device decoder: config, layers, weights, tokenizer, sampling."""

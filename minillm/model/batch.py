@@ -1,0 +1,50 @@
+"""What one forward pass works on: the new tokens of some sequences, side by side without padding. Host-side only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The new tokens of one sequence: `start` tokens of it are in the KV cache already, in `slot`."""
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.token_ids, "a chunk has at least one token"
+
+    @property
+    def end(self) -> int:
+        """The length of the sequence once this chunk is in the cache."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chunks of different sequences, prefill and decode mixed as they come."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All new tokens, chunk after chunk."""
+        return [token for chunk in self.chunks for token in chunk.token_ids]
+
+    @property
+    def positions(self) -> list[int]:
+        """Each token's position in its sequence."""
+        return [position for chunk in self.chunks for position in range(chunk.start, chunk.end)]
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each chunk ends among the batch's tokens."""
+        return list(accumulate(len(chunk.token_ids) for chunk in self.chunks))
+
+    @property
+    def last_rows(self) -> list[int]:
+        """The row of each chunk's last token: the one whose logits give the next."""
+        return [end - 1 for end in self.ends]

@@ -1,0 +1,104 @@
+"""Finding a checkpoint's folder and the tensors in it: local, on the hub, or the embedded model.
+
+Only safetensors are read. A pickle can run code when it is opened, so it is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from minillm.model.config import read_json
+from minillm.model.embedded import embedded_folder
+
+_INDEX = "model.safetensors.index.json"
+_WANTED = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def find_checkpoint(name: str | Path | None) -> Path:
+    """The folder of a checkpoint: a path, a hub name "owner/model", or None for the embedded model.
+
+    Raises `ValueError` when there is no such folder, or the hub cannot be reached.
+    """
+    if name is None:
+        return embedded_folder()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file: give the folder that holds config.json and the safetensors")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {path}: give an existing folder, or a hub name such as owner/model")
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # the hub's own errors, and those of every layer of the network below it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"could not get {name} from the hub: {reason}") from None
+
+
+class Tensors:
+    """The tensors of a checkpoint's folder by name, in one file or in shards with an index; slices are read alone.
+
+    `bytes_read` counts what was asked for. Raises `ValueError` for a folder without safetensors, a missing shard, and
+    a truncated file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self._files: dict[str, Any] = {}
+        self._file_of = self._find()
+
+    @property
+    def names(self) -> set[str]:
+        """All tensors of the checkpoint."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> Any:
+        """A tensor, or the part of it that `part` cuts out; only that part's bytes are read."""
+        values = self._slice(name)[part or slice(None)]
+        self.bytes_read += values.nbytes
+        return values
+
+    def _find(self) -> dict[str, str]:
+        if (self.folder / _INDEX).exists():
+            file_of = dict(read_json(self.folder / _INDEX).get("weight_map") or {})
+            missing = sorted({file for file in file_of.values() if not (self.folder / file).exists()})
+            if missing:
+                raise ValueError(f"{self.folder} lacks {', '.join(missing)}, which its index names; download the checkpoint again")
+            return file_of
+        files = sorted(self.folder.glob("*.safetensors"))
+        if files:
+            return {name: file.name for file in files for name in self._open(file.name).keys()}  # noqa: SIM118
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for file in self.folder.glob(pattern))
+        if pickles:
+            raise ValueError(f"{self.folder} holds pickled weights ({pickles[0]}), which can run code when read; convert it to safetensors")
+        raise ValueError(f"{self.folder} holds no *.safetensors file: give the folder of a Hugging Face checkpoint")
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.folder / file} is truncated or damaged ({error}); download the checkpoint again") from None
+        return self._files[file]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ValueError(f"{self.folder} has no tensor {name}, which its config.json calls for")
+        try:
+            return self._open(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / self._file_of[name]} does not hold {name} ({error})") from None

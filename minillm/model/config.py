@@ -1,0 +1,179 @@
+"""What a checkpoint's config.json says, checked: what the decoder does not do is refused by name, never ignored.
+
+Families: Llama, Qwen2 (q/k/v bias), Qwen3 (q/k norm). The file knows no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}  # the families' defaults when the file is silent
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base `theta` and how its frequencies are scaled (`rope.py` has the formulas)."""
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A scaling parameter; `default` where it is absent or null."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Heads share KV heads in groups of `heads // kv_heads` (GQA, any ratio)."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers, in the checkpoint's dtype."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold; tied embeddings count once."""
+        q, kv, h = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden_size
+        attention = h * (q + 2 * kv) + q * h + self.qkv_bias * (q + 2 * kv) + self.out_bias * h
+        layer = attention + 3 * h * self.intermediate_size + 2 * h + self.qk_norm * 2 * self.head_dim
+        return self.layers * layer + h + self.vocab_size * h * (1 if self.tied_embeddings else 2)
+
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face folder. Raises `ValueError` for a missing, broken or unsupported file."""
+    values = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    return parse_config(values, eos)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `ValueError` in one line when it is missing or broken."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no {path.name}: give the folder of a Hugging Face checkpoint")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; download the checkpoint again")
+    return values
+
+
+def parse_config(values: dict[str, Any], eos: int | list[int] | None = None) -> ModelConfig:
+    """Check the keys of a config.json and name what they mean. `eos` overrides the file's end-of-text tokens."""
+    family = values.get("model_type")
+    if family not in _MAX_POSITIONS:
+        raise ValueError(f"model_type={family!r} is not supported; this decoder runs {', '.join(sorted(_MAX_POSITIONS))}")
+    _refuse(values, family)
+    for key in _NEEDED:
+        if not isinstance(values.get(key), int) or values[key] < 1:
+            raise ValueError(f"config.json: {key}={values.get(key)!r}; it must be a whole number above 0")
+    heads = values["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    eos = values.get("eos_token_id") if eos is None else eos
+    bias = family == "qwen2" or bool(values.get("attention_bias"))
+    return ModelConfig(
+        family=family,
+        vocab_size=values["vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        layers=values["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=values.get("head_dim") or (128 if family == "qwen3" else values["hidden_size"] // heads),
+        max_positions=values.get("max_position_embeddings") or _MAX_POSITIONS[family],
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        rope=_rope(values, values.get("max_position_embeddings") or _MAX_POSITIONS[family]),
+        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=bias,
+        out_bias=family != "qwen2" and bool(values.get("attention_bias")),
+        qk_norm=family == "qwen3",
+        dtype=_dtype(values),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    )
+
+
+def _refuse(values: dict[str, Any], family: str) -> None:
+    """What the config asks and this decoder does not do."""
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={activation!r} is not supported; this decoder has silu")
+    if values.get("mlp_bias"):
+        raise ValueError("mlp_bias=true is not supported; this decoder's MLP has no bias")
+    if values.get("quantization_config"):
+        raise ValueError("quantization_config is not supported; give a float32, bfloat16 or float16 checkpoint")
+    if values.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor={values['partial_rotary_factor']} is not supported; heads are rotated whole")
+    window = values.get("sliding_window") if values.get("use_sliding_window", family == "llama") else None
+    if window or "sliding_attention" in (values.get("layer_types") or []):
+        raise ValueError(f"a sliding window ({values.get('sliding_window')}) is not supported; attention sees the whole context")
+
+
+def _rope(values: dict[str, Any], max_positions: int) -> RopeConfig:
+    """Both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
+    found = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
+    found.pop("type", None)
+    theta = found.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope scaling {kind!r} is not supported; this decoder has {', '.join(ROPE_TYPES)}")
+    if found.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError("partial_rotary_factor is not supported; heads are rotated whole")
+    missing = [name for name in _ROPE_NEEDS.get(kind, ()) if found.get(name) is None]
+    if missing:
+        raise ValueError(f"rope scaling {kind!r} needs {', '.join(missing)} in config.json")
+    original = values.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
+    found["original_max_position_embeddings"] = original or max_positions
+    return RopeConfig(float(theta), kind, found if kind != "default" else {})
+
+
+def _dtype(values: dict[str, Any]) -> str:
+    name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise ValueError(f"dtype={name!r} is not supported; give a {', '.join(DTYPE_BYTES)} checkpoint")
+    return name

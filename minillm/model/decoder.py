@@ -1,0 +1,158 @@
+"""The plain decoder: one device, no parallelism, every line of a transformer's forward pass in one file.
+
+Llama, Qwen2 and Qwen3. Parameter names are the checkpoint's own. Modes of parallelism are *applied to* this model
+elsewhere; it knows nothing of ranks. Weights come from `weights.load_weights`; the module is built without storage.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import nn
+
+from minillm.kv.contiguous import ContiguousCache
+from minillm.model.batch import Batch
+from minillm.model.config import ModelConfig
+from minillm.model.rope import rope_frequencies, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension (Zhang & Sennrich, 2019); the mean is taken in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped KV heads, over the sequence's cache."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: torch.Tensor, batch: Batch, turn: tuple[torch.Tensor, torch.Tensor], cache: ContiguousCache
+    ) -> torch.Tensor:
+        tokens = x.shape[0]
+        q = self.q_norm(self.q_proj(x).view(tokens, -1, self.head_dim))  # [tokens, heads, head_dim]
+        k = self.k_norm(self.k_proj(x).view(tokens, -1, self.head_dim))  # [tokens, kv_heads, head_dim]
+        v = self.v_proj(x).view(tokens, -1, self.head_dim)
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        out = torch.empty_like(q)
+        begin = 0
+        for chunk, end in zip(batch.chunks, batch.ends):  # each sequence attends to itself alone
+            keys, values = cache.append(self.layer, chunk.slot, chunk.start, k[begin:end], v[begin:end])
+            out[begin:end] = attend(q[begin:end], keys, values, chunk.start)
+            begin = end
+        return self.o_proj(out.view(tokens, -1))
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v for the tokens of one sequence from position `start` on.
+
+    q [tokens, heads, head_dim], keys and values [kv_heads, start + tokens, head_dim] -> [tokens, heads, head_dim].
+    Token i sees positions 0 … start + i.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads, length, _ = keys.shape
+    if tokens == 1:  # decode: the query heads of a group are the rows of one small product
+        grouped = q.view(kv_heads, heads // kv_heads, head_dim)
+        scores = (grouped @ keys.transpose(1, 2)) * head_dim**-0.5  # [kv_heads, group, length]
+        return (torch.softmax(scores.float(), dim=-1).to(q.dtype) @ values).view(1, heads, head_dim)
+    mask = None
+    if start > 0:
+        row = torch.arange(start, length, device=q.device)[:, None]
+        mask = torch.arange(length, device=q.device)[None, :] <= row  # [tokens, length]
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+    )
+    return out[0].transpose(0, 1)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention and MLP, each on a normalised copy, each added to the stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, batch: Batch, turn: tuple[torch.Tensor, torch.Tensor], cache: ContiguousCache
+    ) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), batch, turn, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and LM head. Built on the meta device: shapes without storage."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        with init_empty_weights():
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        frequencies, self.rope_factor = rope_frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        return self.embed_tokens.weight.dtype
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: ContiguousCache, every_row: bool = False) -> torch.Tensor:
+        """Put the batch's tokens into the cache; returns logits [chunks, vocab], or [tokens, vocab] for `every_row`."""
+        tokens = torch.tensor(batch.token_ids, device=self.device)
+        turn = self.turn(torch.tensor(batch.positions, device=self.device))
+        x = self.embed_tokens(tokens)  # [tokens, hidden]
+        for layer in self.layers:
+            x = layer(x, batch, turn, cache)
+        if not every_row:
+            x = x[batch.last_rows]
+        return self.lm_head(self.norm(x))
+
+    def turn(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the rotary angles at these positions, each [tokens, 1, head_dim]."""
+        angles = positions[:, None].float() * self.frequencies  # type: ignore[operator]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return (angles.cos() * self.rope_factor).to(self.dtype), (angles.sin() * self.rope_factor).to(self.dtype)

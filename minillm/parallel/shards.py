@@ -1,0 +1,93 @@
+"""Who holds which slice: the one map from (tensor, layout, rank) to a part of the checkpoint.
+
+Loading, the prediction of memory and the transfer of KV all ask it. It reads no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillm.model.config import ModelConfig
+from minillm.parallel.layout import Layout
+
+
+def share(total: int, parts: int, index: int) -> range:
+    """The `index`-th of `parts` consecutive shares of `total` things; the first shares take the remainder."""
+    base, rest = divmod(total, parts)
+    begin = index * base + min(index, rest)
+    return range(begin, begin + base + (index < rest))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a model: which layers, which heads, which columns."""
+
+    config: ModelConfig
+    layout: Layout
+    rank: int
+
+    @property
+    def layers(self) -> range:
+        """The decoder layers of this rank's pipeline stage."""
+        return share(self.config.layers, self.layout.pp, self._at("pp"))
+
+    @property
+    def kv_heads(self) -> range:
+        """KV heads: whole groups go to ranks while tp ≤ kv_heads; above that each rank serves one group."""
+        if self.layout.tp <= self.config.kv_heads:
+            return share(self.config.kv_heads, self.layout.tp, self._at("tp"))
+        group, _, _ = self._place_in_group()
+        return range(group, group + 1)
+
+    @property
+    def heads(self) -> range:
+        """Query heads: those of the rank's KV heads, or its share of one group."""
+        size = self.config.group_size
+        if self.layout.tp <= self.config.kv_heads:
+            return range(self.kv_heads.start * size, self.kv_heads.stop * size)
+        group, place, ranks = self._place_in_group()
+        part = share(size, ranks, place)
+        return range(group * size + part.start, group * size + part.stop)
+
+    def cut(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """The part of a tensor (its name without "model.") that this rank holds; None when it holds none of it."""
+        if name.startswith("layers."):
+            return self._cut_layer(name, shape) if int(name.split(".")[1]) in self.layers else None
+        if name == "norm.weight":
+            return () if self._last_stage else None
+        rows = share(shape[0], self.layout.tp, self._at("tp"))  # of the vocabulary
+        first = name == "embed_tokens.weight" and self._at("pp") == 0
+        last = self._last_stage and (name == "lm_head.weight" or self.config.tied_embeddings)
+        return (_slice(rows),) if first or last else None
+
+    def _cut_layer(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        module, leaf = name.split(".")[-2:]
+        if module in ("q_proj", "k_proj", "v_proj"):
+            return (_slice(self.heads if module == "q_proj" else self.kv_heads, self.config.head_dim),)
+        if module == "o_proj" and leaf == "weight":
+            return (slice(None), _slice(self.heads, self.config.head_dim))
+        columns = share(self.config.intermediate_size, self.layout.tp, self._at("tp"))
+        if module in ("gate_proj", "up_proj"):
+            return (_slice(columns),)
+        if module == "down_proj":
+            return (slice(None), _slice(columns))
+        return ()  # norms, and the output bias, which every rank holds whole
+
+    def _place_in_group(self) -> tuple[int, int, int]:
+        """(KV group, place among the ranks that serve it, how many serve it), for tp > kv_heads."""
+        for group in range(self.config.kv_heads):
+            ranks = share(self.layout.tp, self.config.kv_heads, group)
+            if self._at("tp") in ranks:
+                return group, self._at("tp") - ranks.start, len(ranks)
+        raise AssertionError("every rank serves a group")
+
+    @property
+    def _last_stage(self) -> bool:
+        return self._at("pp") == self.layout.pp - 1
+
+    def _at(self, axis: str) -> int:
+        return self.layout.coordinates(self.rank)[axis]
+
+
+def _slice(part: range, width: int = 1) -> slice:
+    return slice(part.start * width, part.stop * width)

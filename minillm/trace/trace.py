@@ -1,0 +1,44 @@
+"""What a run leaves behind: spans of work on each rank. Pictures and tables are drawn from a `Trace` and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Kind(Enum):
+    """What a span's time was spent on."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COMMUNICATION = "communication"
+    WAITING = "waiting"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stretch of work on a rank; times in seconds of the monotonic clock."""
+
+    rank: int
+    kind: Kind
+    name: str
+    start_s: float
+    end_s: float
+    tokens: int = 0
+    request_ids: tuple[int, ...] = ()
+
+    @property
+    def duration_s(self) -> float:
+        """How long it took."""
+        return self.end_s - self.start_s
+
+
+@dataclass
+class Trace:
+    """The spans of one run, in the order in which they ended."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    def add(self, span: Span) -> None:
+        """Record a span."""
+        self.spans.append(span)
