@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what the names are; nothing is imported when the program runs
+    from minillm.llm import LLM as LLM
+    from minillm.model.sampling import SamplingParams as SamplingParams
+    from minillm.parallel.layout import Layout as Layout
+    from minillm.ranks.errors import RankError as RankError
+    from minillm.ranks.membership import context as context
+    from minillm.ranks.pool import Ranks as Ranks
 
 __version__ = "0.1.0"
 

@@ -36,7 +36,11 @@ class LLM:
     """
 
     def __init__(
-        self, checkpoint: str | Path | None = None, layout: str | Layout = "", device: str | None = None, dtype: str | None = None
+        self,
+        checkpoint: str | Path | None = None,
+        layout: str | Layout = "",
+        device: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         self.layout = Layout.parse(layout)
         self.folder = find_checkpoint(checkpoint)
@@ -50,7 +54,9 @@ class LLM:
         load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
         self.trace = Trace()
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
         """Continue every prompt (a text, or token ids); returns the outputs in the prompts' order.
 
         `params` is one `SamplingParams` for all, or one for each. `trace` then holds this run.
@@ -98,27 +104,37 @@ class LLM:
                 return
             yield piece
 
-    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Request]:
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise ValueError("prompts must be a list: write generate([prompt])")
         if not prompts:
             raise ValueError("there are no prompts: give a list of at least one")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters: give one for all, or one for each")
+            raise ValueError(
+                f"{len(prompts)} prompts but {len(each)} sampling parameters: give one for all, or one for each"
+            )
         tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
         now = time.monotonic()
         return [self._request(number, ids, one, now) for number, (ids, one) in enumerate(zip(tokens, each))]
 
     def _request(self, index: int, prompt: list[int], params: SamplingParams, now_s: float) -> Request:
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids))
+        stops = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
+        )
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        return Request(index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), Metrics(now_s))
+        return Request(
+            index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), Metrics(now_s)
+        )
 
     def _encode(self, prompt: Prompt, number: int) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        elif isinstance(prompt, list) and all(
+            isinstance(token, int) and not isinstance(token, bool) for token in prompt
+        ):
             ids = prompt
         else:
             raise ValueError(f"prompt {number} is a {type(prompt).__name__}: give a text, or a list of token ids")
@@ -132,7 +148,9 @@ class LLM:
             raise ValueError(f"prompt {number} holds a token id outside 0 … {self.config.vocab_size - 1}")
         if len(ids) + room_for > self.config.max_positions:
             limit = self.config.max_positions - room_for
-            raise ValueError(f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it")
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it"
+            )
 
 
 @contextmanager

@@ -29,7 +29,9 @@ def make_checkpoint(folder: Path, **changes: Any) -> Path:
     tensors = {}
     for name, parameter in Decoder(parse_config(values)).named_parameters():
         ones = 1.0 if "norm" in name else 0.0
-        tensors[checkpoint_name(name)] = ones + torch.randn(parameter.shape, generator=generator) * (0.1 if ones else 0.3)
+        tensors[checkpoint_name(name)] = ones + torch.randn(parameter.shape, generator=generator) * (
+            0.1 if ones else 0.3
+        )
     save_file(tensors, folder / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: number for number, character in enumerate(alphabet)} | {"<end>": 256}

@@ -108,6 +108,8 @@ class Request:
         """New text that no stop string can take back any more."""
         end = len(self.text)
         if self.finish_reason is None:
-            end -= max((n for stop in self.params.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+            end -= max(
+                (n for stop in self.params.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
+            )
         piece, self.shown = self.text[self.shown : end], max(self.shown, end)
         return piece

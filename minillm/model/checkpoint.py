@@ -77,14 +77,20 @@ class Tensors:
             file_of = dict(read_json(self.folder / _INDEX).get("weight_map") or {})
             missing = sorted({file for file in file_of.values() if not (self.folder / file).exists()})
             if missing:
-                raise ValueError(f"{self.folder} lacks {', '.join(missing)}, which its index names; download the checkpoint again")
+                raise ValueError(
+                    f"{self.folder} lacks {', '.join(missing)}, which its index names; download the checkpoint again"
+                )
             return file_of
         files = sorted(self.folder.glob("*.safetensors"))
         if files:
             return {name: file.name for file in files for name in self._open(file.name).keys()}  # noqa: SIM118
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for file in self.folder.glob(pattern))
+        pickles = sorted(
+            file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for file in self.folder.glob(pattern)
+        )
         if pickles:
-            raise ValueError(f"{self.folder} holds pickled weights ({pickles[0]}), which can run code when read; convert it to safetensors")
+            raise ValueError(
+                f"{self.folder} holds pickled weights ({pickles[0]}), which can run code when read; convert it to safetensors"
+            )
         raise ValueError(f"{self.folder} holds no *.safetensors file: give the folder of a Hugging Face checkpoint")
 
     def _open(self, file: str) -> Any:
@@ -92,7 +98,9 @@ class Tensors:
             try:
                 self._files[file] = safe_open(self.folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder / file} is truncated or damaged ({error}); download the checkpoint again") from None
+                raise ValueError(
+                    f"{self.folder / file} is truncated or damaged ({error}); download the checkpoint again"
+                ) from None
         return self._files[file]
 
     def _slice(self, name: str) -> Any:

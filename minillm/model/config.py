@@ -106,7 +106,9 @@ def parse_config(values: dict[str, Any], eos: int | list[int] | None = None) -> 
     """Check the keys of a config.json and name what they mean. `eos` overrides the file's end-of-text tokens."""
     family = values.get("model_type")
     if family not in _MAX_POSITIONS:
-        raise ValueError(f"model_type={family!r} is not supported; this decoder runs {', '.join(sorted(_MAX_POSITIONS))}")
+        raise ValueError(
+            f"model_type={family!r} is not supported; this decoder runs {', '.join(sorted(_MAX_POSITIONS))}"
+        )
     _refuse(values, family)
     for key in _NEEDED:
         if not isinstance(values.get(key), int) or values[key] < 1:
@@ -114,7 +116,9 @@ def parse_config(values: dict[str, Any], eos: int | list[int] | None = None) -> 
     heads = values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        raise ValueError(
+            f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+        )
     eos = values.get("eos_token_id") if eos is None else eos
     bias = family == "qwen2" or bool(values.get("attention_bias"))
     return ModelConfig(
@@ -148,10 +152,14 @@ def _refuse(values: dict[str, Any], family: str) -> None:
     if values.get("quantization_config"):
         raise ValueError("quantization_config is not supported; give a float32, bfloat16 or float16 checkpoint")
     if values.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={values['partial_rotary_factor']} is not supported; heads are rotated whole")
+        raise ValueError(
+            f"partial_rotary_factor={values['partial_rotary_factor']} is not supported; heads are rotated whole"
+        )
     window = values.get("sliding_window") if values.get("use_sliding_window", family == "llama") else None
     if window or "sliding_attention" in (values.get("layer_types") or []):
-        raise ValueError(f"a sliding window ({values.get('sliding_window')}) is not supported; attention sees the whole context")
+        raise ValueError(
+            f"a sliding window ({values.get('sliding_window')}) is not supported; attention sees the whole context"
+        )
 
 
 def _rope(values: dict[str, Any], max_positions: int) -> RopeConfig:

@@ -78,7 +78,12 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int
         row = torch.arange(start, length, device=q.device)[:, None]
         mask = torch.arange(length, device=q.device)[None, :] <= row  # [tokens, length]
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=heads != kv_heads
+        q.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=heads != kv_heads,
     )
     return out[0].transpose(0, 1)
 

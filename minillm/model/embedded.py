@@ -79,7 +79,9 @@ def convert(source: Path, folder: Path) -> None:
         scratch.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another process was faster, and its folder is as good
-            raise ValueError(f"could not write the embedded model to {folder.parent}: {error.strerror or error}") from None
+            raise ValueError(
+                f"could not write the embedded model to {folder.parent}: {error.strerror or error}"
+            ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -38,8 +38,12 @@ class SamplingParams:
         _need(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number from 1")
         finite = isinstance(self.temperature, (int, float)) and math.isfinite(self.temperature)
         _need(finite and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
-        _need(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number from 1, or 0 for all tokens")
-        _need(isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _need(
+            _is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number from 1, or 0 for all tokens"
+        )
+        _need(
+            isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1"
+        )
         _need(self.seed is None or _is_int(self.seed), "seed", self.seed, "a whole number, or None")
         _need(all(isinstance(text, str) and text for text in self.stop), "stop", self.stop, "texts that are not empty")
         _need(all(_is_int(token) for token in self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids")

@@ -47,7 +47,9 @@ class Tokenizer:
         `messages` is [{"role": "user", "content": "…"}, …]. Raises `ValueError` when the checkpoint has no chat template.
         """
         if self.chat_template is None:
-            raise ValueError("this checkpoint has no chat template: give plain prompts, or an instruction-tuned checkpoint")
+            raise ValueError(
+                "this checkpoint has no chat template: give plain prompts, or an instruction-tuned checkpoint"
+            )
         names = {key: self._name(key) for key in ("bos_token", "eos_token")}
         try:
             template = _environment().from_string(self.chat_template)

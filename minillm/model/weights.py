@@ -44,15 +44,19 @@ def load_weights(
         part = cut(name, tensors.shape(source))
         values = tensors.read(source, part)
         if values.shape != parameter.shape:
-            raise ValueError(f"{folder}: {source} is {list(values.shape)}, but config.json makes it {list(parameter.shape)}")
-        _assign(model, name, values.to(device=device, dtype=dtype))
+            raise ValueError(
+                f"{folder}: {source} is {list(values.shape)}, but config.json makes it {list(parameter.shape)}"
+            )
+        _assign(model, name, values.to(device=device, dtype=dtype, copy=True))  # a mapped file would be shared by ranks
         used.add(source)
     if model.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
         used.add("lm_head.weight")
     extra = sorted(name for name in tensors.names - used if not name.endswith(_IGNORED))
     if extra and complete:
-        raise ValueError(f"{folder} holds {extra[0]} ({len(extra)} such), which a {model.config.family} decoder does not use")
+        raise ValueError(
+            f"{folder} holds {extra[0]} ({len(extra)} such), which a {model.config.family} decoder does not use"
+        )
     model.frequencies = model.frequencies.to(device)
     return tensors.bytes_read
 

@@ -38,7 +38,9 @@ class Layout:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"layout: {axis.name}={size!r}; give a whole number of {_NAMES[axis.name]} from 1")
         if self.ep not in (1, self.dp * self.tp):
-            raise ValueError(f"layout: ep={self.ep} must be 1 or dp·tp = {self.dp * self.tp}; type ep={self.dp * self.tp} or leave it out")
+            raise ValueError(
+                f"layout: ep={self.ep} must be 1 or dp·tp = {self.dp * self.tp}; type ep={self.dp * self.tp} or leave it out"
+            )
 
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
@@ -49,7 +51,9 @@ class Layout:
         for part in filter(None, (part.strip() for part in text.split(","))):
             found = re.fullmatch(r"(\w+)\s*=\s*(\d+)", part)
             if not found or found[1] not in _NAMES:
-                raise ValueError(f"layout {text!r}: {part!r} is not understood; write axes of {', '.join(_NAMES)} such as 'tp=2,pp=2'")
+                raise ValueError(
+                    f"layout {text!r}: {part!r} is not understood; write axes of {', '.join(_NAMES)} such as 'tp=2,pp=2'"
+                )
             if found[1] in sizes:
                 raise ValueError(f"layout {text!r}: {found[1]} stands twice")
             sizes[found[1]] = int(found[2])
@@ -57,7 +61,9 @@ class Layout:
 
     def __str__(self) -> str:
         """The text form, without the axes of size 1."""
-        return ",".join(f"{axis.name}={getattr(self, axis.name)}" for axis in fields(self) if getattr(self, axis.name) > 1)
+        return ",".join(
+            f"{axis.name}={getattr(self, axis.name)}" for axis in fields(self) if getattr(self, axis.name) > 1
+        )
 
     @property
     def world_size(self) -> int:
@@ -84,8 +90,12 @@ class Layout:
         if self.tp > config.intermediate_size:
             self._refuse("tp", f"{config.intermediate_size} MLP columns", config.intermediate_size)
         if self.ep > 1:
-            raise ValueError(f"layout {str(self)!r}: ep={self.ep} needs a mixture of experts; this {config.family} model is dense")
+            raise ValueError(
+                f"layout {str(self)!r}: ep={self.ep} needs a mixture of experts; this {config.family} model is dense"
+            )
 
     def _refuse(self, axis: str, what: str, most: int) -> None:
         nearest = str(replace(self, **{axis: most}))
-        raise ValueError(f"layout {str(self)!r}: {axis}={getattr(self, axis)} does not fit {what}; the nearest that fits is {nearest!r}")
+        raise ValueError(
+            f"layout {str(self)!r}: {axis}={getattr(self, axis)} does not fit {what}; the nearest that fits is {nearest!r}"
+        )

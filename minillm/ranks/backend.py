@@ -17,19 +17,21 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Backend:
-    """Where the ranks compute and what carries their messages.
+    """Where the ranks compute ("cpu" or "cuda"), and what carries their messages ("gloo" or "nccl")."""
 
-    `name` is what `torch.distributed.init_process_group` takes; `staged` says that messages of CUDA tensors are
-    copied through host memory (gloo).
-    """
-
-    name: str
+    transport: str
     device_type: str
     device_count: int
 
     @property
+    def groups(self) -> str:
+        """What `torch.distributed.init_process_group` takes. CPU tensors always go by gloo."""
+        return "gloo" if self.device_type == "cpu" else f"cpu:gloo,cuda:{self.transport}"
+
+    @property
     def staged(self) -> bool:
-        return self.device_type == "cuda" and self.name != "nccl"
+        """Whether messages of CUDA tensors are copied through host memory."""
+        return self.device_type == "cuda" and self.transport == "gloo"
 
     def device(self, local_rank: int) -> torch.device:
         """The device of the rank with this number on its host; ranks share GPUs round-robin when there are too few."""
@@ -39,7 +41,7 @@ class Backend:
 
     def describe(self) -> str:
         """One line for people: "gloo on CPU processes"."""
-        transport = "NCCL" if self.name == "nccl" else "gloo"
+        transport = "NCCL" if self.transport == "nccl" else "gloo"
         if self.device_type == "cpu":
             return f"{transport} on CPU processes"
         return f"{transport} on {self.device_count} GPU{'s' * (self.device_count > 1)}"
@@ -51,7 +53,9 @@ def choose_backend(world_size: int, device: str | None = None) -> Backend:
     Raises `ValueError` when "cuda" is asked for and there is none.
     """
     if device not in (None, *DEVICES):
-        raise ValueError(f"device={device!r} is not known; choose one of {', '.join(DEVICES)}, or None for this machine's best")
+        raise ValueError(
+            f"device={device!r} is not known; choose one of {', '.join(DEVICES)}, or None for this machine's best"
+        )
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus == 0:
         raise ValueError("device='cuda' was asked for, but torch sees no GPU here; pass device='cpu'")
@@ -59,7 +63,7 @@ def choose_backend(world_size: int, device: str | None = None) -> Backend:
         return Backend("gloo", "cpu", 0)
     if gpus >= world_size or nccl_shares_gpus():
         return Backend("nccl", "cuda", gpus)
-    return Backend("cpu:gloo,cuda:gloo", "cuda", gpus)
+    return Backend("gloo", "cuda", gpus)
 
 
 def nccl_shares_gpus() -> bool:
@@ -72,3 +76,8 @@ def nccl_shares_gpus() -> bool:
 def loopback_interface() -> str:
     """The name of the network interface that never leaves this machine."""
     return "lo0" if sys.platform == "darwin" else "lo"
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

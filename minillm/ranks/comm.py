@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minillm.ranks.backend import Backend
 from minillm.ranks.board import Board, Operation
-from minillm.ranks.watch import caller, p2p_channels, shape_of
+from minillm.ranks.watch import caller, p2p_channels, shape_of, wait_for_device
 
 _FOR_EVER = timedelta(days=1)  # the watch over the ranks ends a job, not the transport
 
@@ -78,7 +78,9 @@ class Comm:
         Raises `ValueError` when the first dimension is no multiple of the group's size.
         """
         if tensor.shape[0] % self.size:
-            raise ValueError(f"reduce_scatter of {tensor.shape[0]} rows over {self.size} ranks: give a multiple of {self.size}")
+            raise ValueError(
+                f"reduce_scatter of {tensor.shape[0]} rows over {self.size} ranks: give a multiple of {self.size}"
+            )
         buffer = self._stage(tensor.contiguous())
         result = buffer.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
         self._run("reduce_scatter", tensor, tensor, lambda: self.group._reduce_scatter_base(result, buffer))
@@ -96,9 +98,7 @@ class Comm:
             )
         buffer = self._stage(tensor.contiguous())
         result = buffer.new_empty(sum(recv_rows), *tensor.shape[1:])
-        self._run(
-            "all_to_all", None, tensor, lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows)
-        )
+        self._run("all_to_all", None, tensor, lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows))
         return (result if self.size > 1 else buffer.clone()).to(tensor.device)
 
     def barrier(self) -> None:
@@ -112,6 +112,7 @@ class Comm:
         self._count("send", tensor)
         number, _ = self.board.enter(operation)
         self.group.send([self._stage(tensor.contiguous())], to, tag).wait()
+        wait_for_device()
         self.board.leave(number)
 
     def recv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> torch.Tensor:
@@ -121,10 +122,13 @@ class Comm:
         buffer = self._stage(tensor)
         number, _ = self.board.enter(operation)
         self.group.recv([buffer], source, tag).wait()
+        wait_for_device()
         self.board.leave(number)
         return self._unstage(buffer, tensor)
 
-    def _run(self, name: str, agreed: torch.Tensor | None, sent: torch.Tensor | None, start: Any, extra: str = "") -> None:
+    def _run(
+        self, name: str, agreed: torch.Tensor | None, sent: torch.Tensor | None, start: Any, extra: str = ""
+    ) -> None:
         """Count, publish, wait. A group of one has nothing to do."""
         self._count(name, sent)
         if self.group is None:
@@ -133,6 +137,7 @@ class Comm:
         operation = Operation(name, signature, f"comm {self.name}", "", self.members, caller())
         number, _ = self.board.enter(operation)
         start().wait()
+        wait_for_device()
         self.board.leave(number)
 
     def _count(self, name: str, sent: torch.Tensor | None) -> None:
@@ -153,12 +158,12 @@ def make_group(store: dist.Store, name: str, rank: int, size: int, backend: Back
     if size == 1:
         return None
     scoped = dist.PrefixStore(name, store)
-    if backend.name == "nccl":
+    if backend.transport == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _FOR_EVER
         return dist.ProcessGroupNCCL(scoped, rank, size, options)
-    options = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = _FOR_EVER
-    hostname = {"hostname": "127.0.0.1"} if local else {"interface": ""}
-    options._devices = [dist.ProcessGroupGloo.create_device(**hostname) if local else dist.ProcessGroupGloo.create_default_device()]
-    return dist.ProcessGroupGloo(scoped, rank, size, options)
+    options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
+    return gloo(scoped, rank, size, options)

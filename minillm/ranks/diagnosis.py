@@ -53,8 +53,10 @@ class Rank:
     def is_consequence(self) -> bool:
         """Whether the rank raised only because another one went away."""
         failure = self.failure
-        return failure is not None and failure.kind in ("RuntimeError", "DistBackendError", "DistNetworkError") and bool(
-            _CONSEQUENCE.search(failure.text)
+        return (
+            failure is not None
+            and failure.kind in ("RuntimeError", "DistBackendError", "DistNetworkError")
+            and bool(_CONSEQUENCE.search(failure.text))
         )
 
     def describe(self) -> str:
@@ -65,19 +67,21 @@ class Rank:
             last = self.view.current
             return f"{self.exit_text}{f', in {describe_notice(last)}' if last else ''}"
         if self.failure is not None and self.waits is None:
-            return f"raised {self.failure.headline}" + (f", {describe(*self.failure.spots[-1])}" if self.failure.spots else "")
+            return f"raised {self.failure.headline}" + (
+                f", {describe(*self.failure.spots[-1])}" if self.failure.spots else ""
+            )
         if self.waits is not None:
             return f"waits in {describe_notice(self.waits)}"
         return self.place or "runs"
 
 
 def describe_notice(notice: Notice) -> str:
-    """"all_reduce [4] float32, line 3: dist.all_reduce(x)"."""
+    """ "all_reduce [4] float32, line 3: dist.all_reduce(x)"."""
     return f"{describe_operation(notice)}, {describe_source(notice.source)}"
 
 
 def describe_operation(notice: Notice) -> str:
-    """"all_reduce [4] float32", "recv [4] float32 from rank 1"."""
+    """ "all_reduce [4] float32", "recv [4] float32 from rank 1"."""
     toward = ""
     if notice.partner:
         toward = f" {'to' if 'send' in notice.name else 'from'} rank {notice.members[0]}"
@@ -144,7 +148,9 @@ def _dead_or_raised(ranks: list[Rank]) -> Verdict | None:
     first = raised[0]
     assert first.failure is not None
     same = [rank for rank in raised if rank.failure and rank.failure.headline == first.failure.headline]
-    verdict = _verdict(Fault.RAISED, [r.number for r in raised], f"{_names(same)} raised {first.failure.headline}", ranks, None)
+    verdict = _verdict(
+        Fault.RAISED, [r.number for r in raised], f"{_names(same)} raised {first.failure.headline}", ranks, None
+    )
     if first.failure.spots:
         verdict.line = describe(*first.failure.spots[-1])
     if len(first.failure.spots) > 1 or first.failure.library:
@@ -212,7 +218,8 @@ def _absent_or_deadlocked(ranks: list[Rank]) -> Verdict | None:
         text = f"{_names([ranks[n] for n in gone])} returned without calling {describe_operation(waiter.waits)}, where rank {waiter.number} waits"
         return _verdict(Fault.ABSENT, gone, text, ranks, waiter.waits)
     circle = _circle(stuck, ranks)
-    text = f"deadlock: {' → '.join(f'rank {n}' for n in [*circle, circle[0]])} wait for one another"
+    steps = [f"rank {a} for rank {b}" for a, b in zip(circle, [*circle[1:], circle[0]])]
+    text = f"deadlock: {', '.join(steps).replace(' for ', ' waits for ', 1)}"
     return _verdict(Fault.DEADLOCK, sorted(circle), text, ranks, ranks[circle[0]].waits)
 
 
@@ -229,7 +236,9 @@ def _circle(stuck: list[int], ranks: list[Rank]) -> list[int]:
 def find_late(ranks: list[Rank], late: list[int], silent: list[int], timeout_s: float) -> Verdict:
     """The verdict when nothing moved for `timeout_s`: `late` ranks are awaited by others, `silent` ones do not answer."""
     culprits = silent or late
-    waiter = next((rank for rank in ranks if rank.waits is not None and set(awaited(rank, ranks)) & set(culprits)), None)
+    waiter = next(
+        (rank for rank in ranks if rank.waits is not None and set(awaited(rank, ranks)) & set(culprits)), None
+    )
     waiter = waiter or next(rank for rank in ranks if rank.waits is not None)
     assert waiter.waits is not None
     operation = describe_operation(waiter.waits)

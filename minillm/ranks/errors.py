@@ -54,6 +54,10 @@ class RankError(RuntimeError):
         self.waits_for = verdict.waits_for
         super().__init__(self._text(note))
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the diagnosis alone, without the launching side's own frames."""
+        return [f"RankError: {self}"]
+
     def _text(self, note: str) -> str:
         lines = [self.verdict.headline]
         lines += [f"  rank {rank}  {text}" for rank, text in sorted(self.verdict.places.items())]

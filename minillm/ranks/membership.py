@@ -70,7 +70,9 @@ def context() -> RankContext:
     """
     if _current is None:
         if "TORCHELASTIC_RUN_ID" not in os.environ and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
-            raise RuntimeError("this process is no rank: call it inside Ranks.run(…), a %%ranks cell, or under torchrun")
+            raise RuntimeError(
+                "this process is no rank: call it inside Ranks.run(…), a %%ranks cell, or under torchrun"
+            )
         return _join_launched_job()
     return _current
 
@@ -83,7 +85,12 @@ def set_context(new: RankContext) -> RankContext:
 
 
 def join(
-    rank: int, world_size: int, local_rank: int, backend: Backend, store: dist.Store, memory: memoryview | bytearray,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    backend: Backend,
+    store: dist.Store,
+    memory: memoryview | bytearray,
     local: bool = True,
 ) -> RankContext:
     """Set up torch's default group and the board for this process, and make its context."""
@@ -93,10 +100,10 @@ def join(
     if local:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
     board = Board(memory)
-    dist.init_process_group(
-        backend.name, store=dist.PrefixStore("world", store), rank=rank, world_size=world_size,
-        timeout=timedelta(days=1), **({"device_id": device} if backend.name == "nccl" else {}),
-    )
+    bound: dict[str, Any] = {"device_id": device} if backend.transport == "nccl" else {}
+    world = dist.PrefixStore("world", store)
+    for_ever = timedelta(days=1)  # the watch over the ranks ends a job, not the transport
+    dist.init_process_group(backend.groups, store=world, rank=rank, world_size=world_size, timeout=for_ever, **bound)
     watch_torch(board, rank)
     return set_context(RankContext(rank, world_size, device, backend, store, board, local))
 

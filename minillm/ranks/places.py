@@ -14,11 +14,11 @@ Spot = tuple[str, int]  # file name, line
 
 def is_cell(filename: str) -> bool:
     """Whether this file name stands for a notebook cell or a prompt, and not for a file."""
-    return filename.startswith("<") or "ipykernel_" in filename or filename.startswith("ipython-input")
+    return filename.startswith(("<", "ipython-input")) or "ipykernel_" in filename
 
 
 def describe(filename: str, line: int) -> str:
-    """"line 3: code" for a cell, "folder/file.py:3: code" for a file."""
+    """ "line 3: code" for a cell, "folder/file.py:3: code" for a file."""
     code = linecache.getline(filename, line).strip()
     short = "/".join(filename.replace(os.sep, "/").split("/")[-2:])
     where = f"line {line}" if is_cell(filename) else f"{short}:{line}"

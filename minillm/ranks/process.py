@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -18,7 +18,7 @@ PRELOAD = ["minillm.ranks.worker"]
 
 
 def start_method() -> str:
-    """"forkserver" where the system has it, else "spawn" (slower: every rank imports torch for itself)."""
+    """ "forkserver" where the system has it, else "spawn" (slower: every rank imports torch for itself)."""
     return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
@@ -33,8 +33,8 @@ def warm_up() -> None:
 @contextmanager
 def _no_main() -> Iterator[None]:
     """Hide the main module's file, so that a new process does not run the user's script a second time."""
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main: Any = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
     main.__spec__ = None
     try:
         yield
@@ -57,7 +57,7 @@ class RankProcess:
 
     @property
     def exit_text(self) -> str:
-        """"killed by SIGKILL", "exited with status 3"."""
+        """ "killed by SIGKILL", "exited with status 3"."""
         code = self.process.exitcode
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -82,8 +82,8 @@ class RankProcess:
 
 def start_rank(seat: Any) -> RankProcess:
     """Start the process that sits on `seat` (a `worker.Seat`)."""
-    import torch.multiprocessing as torch_multiprocessing
     import torch
+    import torch.multiprocessing as torch_multiprocessing
 
     from minillm.ranks.board import BOARD_BYTES
     from minillm.ranks.worker import main
@@ -97,4 +97,4 @@ def start_rank(seat: Any) -> RankProcess:
         process.start()
     calls_there.close()
     control_there.close()
-    return RankProcess(process, calls, control, memoryview(board.numpy()))
+    return RankProcess(process, calls, control, memoryview(cast(Any, board.numpy())))

@@ -22,7 +22,12 @@ from minillm.ranks.board import Board, Operation, State
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-LIBRARY = (_HERE, _TORCH, os.path.dirname(os.path.abspath(inspect.__file__)) + os.sep + "multiprocessing" + os.sep, "<frozen")
+LIBRARY = (
+    _HERE,
+    _TORCH,
+    os.path.dirname(os.path.abspath(inspect.__file__)) + os.sep + "multiprocessing" + os.sep,
+    "<frozen",
+)
 
 
 def caller() -> str:
@@ -33,8 +38,14 @@ def caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def wait_for_device() -> None:
+    """NCCL returns before the message is through: wait for it here, where the board says that the rank waits."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+
+
 def shape_of(tensor: torch.Tensor) -> str:
-    """"[4, 576] float32"."""
+    """ "[4, 576] float32"."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
@@ -83,6 +94,7 @@ class WatchedWork:
         """Wait for the operation, on the board too."""
         number = self._board.wait(self._operation, self._index)
         result = self._work.wait(*args, **kwargs)
+        wait_for_device()
         self._board.leave(number)
         return result
 
@@ -126,6 +138,7 @@ def _wrap(
             nested[0] = False
         if asynchronous:
             return WatchedWork(result, board, operation, index) if result is not None else None
+        wait_for_device()
         board.leave(number)
         return result
 
@@ -133,7 +146,7 @@ def _wrap(
 
 
 def _operation(name: str, rule: _Rule, values: dict[str, Any], rank: int) -> Operation:
-    group = values.get("group") or c10d.GroupMember.WORLD
+    group: Any = values.get("group") or c10d.GroupMember.WORLD
     if group == c10d.GroupMember.NON_GROUP_MEMBER:
         return Operation(name, "", f"outside {name}", "", (rank,), caller())
     label = "world" if group is c10d.GroupMember.WORLD else c10d._get_process_group_name(group)

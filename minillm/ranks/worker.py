@@ -15,7 +15,7 @@ import threading
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import torch
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from minillm.ranks.backend import Backend
 from minillm.ranks.membership import RankContext, context, join
-from minillm.ranks.places import Spot, remember_cells, inside_torch, spots_of_frame, spots_of_traceback
+from minillm.ranks.places import Spot, inside_torch, remember_cells, spots_of_frame, spots_of_traceback
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def main(seat: Seat, calls: Connection, control: Connection, board: torch.Tensor
     try:
         store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False)
         scoped = dist.PrefixStore(str(seat.generation), store)
-        memory = memoryview(board.numpy())
+        memory = memoryview(cast(Any, board.numpy()))
         here = join(seat.rank, seat.world_size, seat.rank, seat.backend, scoped, memory)
     except Exception as error:
         calls.send(("raised", _failure(error)))
@@ -123,6 +123,7 @@ def _one_call(here: RankContext, calls: Connection) -> bool:
         return False
     kind, payload, sources = message
     remember_cells(sources)
+    reply: tuple[str, Any]
     try:
         if kind == "call":
             function, args, kwargs = cloudpickle.loads(payload)
@@ -150,7 +151,9 @@ def _execute(source: str, filename: str, namespace: dict[str, Any]) -> Any:
 def _failure(error: BaseException) -> Failure:
     spots = spots_of_traceback(error.__traceback__)
     frames = traceback.extract_tb(error.__traceback__)
-    inner = frames[-1] if frames and (frames[-1].filename, frames[-1].lineno) != (spots[-1] if spots else None) else None
+    inner = (
+        frames[-1] if frames and (frames[-1].filename, frames[-1].lineno) != (spots[-1] if spots else None) else None
+    )
     library = f"{os.path.basename(inner.filename)}:{inner.lineno} {inner.name}" if inner else ""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return Failure("SyntaxError", error.msg, [(error.filename, error.lineno)], "")

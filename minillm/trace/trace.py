@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 
@@ -42,3 +43,9 @@ class Trace:
     def add(self, span: Span) -> None:
         """Record a span."""
         self.spans.append(span)
+
+    @classmethod
+    def of_ranks(cls, traces: Sequence[Trace]) -> Trace:
+        """One trace from what each rank recorded for itself: the n-th becomes rank n."""
+        spans = [replace(span, rank=rank) for rank, trace in enumerate(traces) for span in trace.spans]
+        return cls(sorted(spans, key=lambda span: span.end_s))

