@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from minillm.hardware.machine import machine
+
 GB = 1e9
 _MODEL_BYTES = 538_090_408  # the embedded model in float32: on disk once, in memory once per full copy
 _LESSON_PACKAGES = ("jupyterlab", "ipywidgets", "anywidget", "matplotlib")
@@ -61,24 +63,20 @@ def examine() -> Report:
     """Look at everything; starts two ranks for a moment. Creates no CUDA context in this process."""
     import torch
 
-    from minillm.ranks.backend import choose_backend, usable_cores
+    from minillm.ranks.backend import choose_backend
 
     memory = psutil.virtual_memory()
     names = _gpu_names(torch.cuda.device_count())
-    cores = usable_cores()
     facts = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cores": cores,
-        "memory_bytes": memory.total,
-        "memory_available_bytes": memory.available,
+        **machine(),
         "gpus": names,
         "backend": {str(n): choose_backend(n).describe() for n in (2, 4, 8)},
         "runs": _what_runs(len(names)),
     }
     checks = [_python(), _memory(memory), _gpus(names), _packages(), _model(), _ranks()]
-    checks.insert(1, Check("cores", True, f"{cores}; more ranks than cores take turns, and the lessons say so"))
+    checks.insert(
+        1, Check("cores", True, f"{facts['cores']}; more ranks than cores take turns, and the lessons say so")
+    )
     return Report(facts, checks)
 
 

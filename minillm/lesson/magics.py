@@ -37,8 +37,8 @@ def register(shell: Any) -> None:
                 f"%%ranks {names[0]}: there are no Ranks in the variable {names[0]}; write {names[0]} = Ranks(4) first"
             )
         filename = f"<ranks cell {next(_cells)}>"
-        ast.parse(cell, filename)  # a syntax error is shown as everywhere, before any rank sees it
-        results = pool.run_cell(cell, filename, stream=stream)
+        ast.parse("\n" + cell, filename)  # a syntax error is shown as everywhere, before any rank sees it
+        results = pool.run_cell("\n" + cell, filename, stream=stream)  # the magic's own line counts, as in the notebook
         return results if any(result is not None for result in results) else None
 
     shell.register_magic_function(ranks, magic_kind="cell", magic_name="ranks")

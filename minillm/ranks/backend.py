@@ -76,8 +76,3 @@ def nccl_shares_gpus() -> bool:
 def loopback_interface() -> str:
     """The name of the network interface that never leaves this machine."""
     return "lo0" if sys.platform == "darwin" else "lo"
-
-
-def usable_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

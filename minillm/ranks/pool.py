@@ -10,7 +10,8 @@ from typing import Any
 import cloudpickle
 import torch.distributed as dist
 
-from minillm.ranks.backend import Backend, choose_backend, usable_cores
+from minillm.hardware.machine import usable_cores
+from minillm.ranks.backend import Backend, choose_backend
 from minillm.ranks.errors import RankError
 from minillm.ranks.job import Job
 from minillm.ranks.places import cell_sources, remember_cells

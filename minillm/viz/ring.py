@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
-import math
+from base64 import b64encode
 from typing import Any
 
 import ipywidgets
 
-from minillm.viz.style import COMMUNICATION, FAINT, INK
+from minillm.viz.circle import RADIUS, between, clear_axis, draw_arrow, draw_rank, spot_of
+from minillm.viz.style import COMMUNICATION, FAINT, INK, frame, new_figure, png
 
-_SIZE, _RADIUS, _DOT = 260, 92, 30
+_SIZE, _SCALE = 300, 95  # pixels: the drawing's edge, and the ring's radius
 
 
-class RingView:
-    """Ranks on a circle in a notebook; `show(rank, text)` lights one up, with what it holds now.
+class RingView(ipywidgets.HTML):
+    """Ranks on a circle; an event of a rank lights it up, and shows what it holds now.
 
-    Display it before the job starts, and give `view.on_event` to `Ranks.run(on_event=…)`: an event is the text.
+    Display it before the job starts, and give `view.on_event` to `Ranks.run(on_event=…)`. Without a kernel a PNG of the
+    ring stands in its place.
     """
 
     def __init__(self, world_size: int) -> None:
+        super().__init__()
         self.world_size = world_size
         self.texts = [""] * world_size
-        self.widget = ipywidgets.HTML(self._svg(None))
+        self.value = self._svg(None)
 
     def on_event(self, rank: int, event: Any) -> None:
         """Take an event of a rank: what it holds now."""
         self.texts[rank] = str(event)
-        self.widget.value = self._svg(rank)
+        self.value = self._svg(rank)
 
     def _svg(self, lit: int | None) -> str:
-        dots = "".join(self._dot(rank, rank == lit) for rank in range(self.world_size))
-        return f'<svg width="{_SIZE}" height="{_SIZE}" role="img" aria-label="ring of ranks" style="background:white">{dots}</svg>'
+        parts = "".join(
+            self._arrow(rank, rank == lit) + self._circle(rank, rank == lit) for rank in range(self.world_size)
+        )
+        return f'<svg width="{_SIZE}" height="{_SIZE}" role="img" aria-label="ring of ranks" style="background:white">{parts}</svg>'
 
-    def _dot(self, rank: int, lit: bool) -> str:
-        angle = 2 * math.pi * rank / self.world_size - math.pi / 2
-        x, y = _SIZE / 2 + _RADIUS * math.cos(angle), _SIZE / 2 + _RADIUS * math.sin(angle)
+    def _circle(self, rank: int, lit: bool) -> str:
+        x, y = _pixels(spot_of(rank, self.world_size))
         fill, ink = (COMMUNICATION, "white") if lit else ("white", INK)
-        label = self.texts[rank] or f"rank {rank}"
+        font = 'text-anchor="middle" font-family="sans-serif"'
         return (
-            f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{_DOT}" fill="{fill}" stroke="{FAINT}" stroke-width="2"/>'
-            f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle" fill="{ink}" font-size="13" '
-            f'font-family="sans-serif" font-weight="bold">{label}</text>'
+            f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{RADIUS * _SCALE:.0f}" fill="{fill}" stroke="{FAINT}" stroke-width="2"/>'
+            f'<text x="{x:.0f}" y="{y + 6:.0f}" {font} font-size="17" font-weight="bold" fill="{ink}">{self.texts[rank]}</text>'
+            f'<text x="{x:.0f}" y="{y - RADIUS * _SCALE - 6:.0f}" {font} font-size="12" fill="{INK}">rank {rank}</text>'
         )
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
+    def _arrow(self, rank: int, lit: bool) -> str:
+        """From a rank to its right neighbour; coloured while the rank holds the number."""
+        start, end = spot_of(rank, self.world_size), spot_of((rank + 1) % self.world_size, self.world_size)
+        (x1, y1), (x2, y2) = map(_pixels, between(start, end))
+        color = COMMUNICATION if lit else FAINT
+        head = f'<marker id="head{rank}" orient="auto" markerWidth="8" markerHeight="8" refX="6" refY="3"><path d="M0,0 L7,3 L0,6 z" fill="{color}"/></marker>'
+        line = f'<line x1="{x1:.0f}" y1="{y1:.0f}" x2="{x2:.0f}" y2="{y2:.0f}" stroke="{color}" stroke-width="2" marker-end="url(#head{rank})"/>'
+        return head + line
 
-        display(self.widget)
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data["text/plain"] = f"RingView({self.world_size})"
+        data["image/png"] = b64encode(self._png()).decode()
+        return bundle
+
+    def _png(self) -> bytes:
+        figure, (axis, _) = new_figure(2.9, [1.0, 2.0])
+        for rank in range(self.world_size):
+            spot = spot_of(rank, self.world_size)
+            draw_arrow(axis, spot, spot_of((rank + 1) % self.world_size, self.world_size))
+            draw_rank(axis, spot, str(rank))
+        for each in figure.axes:
+            clear_axis(each)
+        return png(
+            frame(figure, "A ring: each rank sends to its right neighbour", "run the cell to see a number go round")
+        )
+
+
+def _pixels(spot: tuple[float, float]) -> tuple[float, float]:
+    return _SIZE / 2 + spot[0] * _SCALE, _SIZE / 2 + 8 - spot[1] * _SCALE

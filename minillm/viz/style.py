@@ -40,12 +40,16 @@ def frame(figure: Figure, finding: str, caption: str) -> Figure:
     return figure
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    file = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(file, format="png")
+    return file.getvalue()
+
+
 def show(figure: Figure) -> None:
     """Display a figure in a notebook as a PNG."""
     from IPython.display import Image, display
 
-    file = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(file, format="png")
-    image = Image(file.getvalue(), width=960)
-    display(image)
+    display(Image(png(figure), width=960))

