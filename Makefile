@@ -34,7 +34,7 @@ reset: setup
 
 test: setup-test
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/ruff format --quiet --check minillm tests images notebooks/*.py
+	@$(BIN)/ruff format --quiet --check minillm tests images bench notebooks/*.py
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests
 	@$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider notebooks
@@ -44,7 +44,7 @@ soak: setup-test
 
 lint: setup-test
 	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format minillm tests images notebooks/*.py
+	$(BIN)/ruff format minillm tests images bench notebooks/*.py
 
 # Run every lesson from its source in notebooks/src and store it with its outputs
 notebooks: setup-test

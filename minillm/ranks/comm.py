@@ -18,8 +18,6 @@ from minillm.ranks.backend import Backend
 from minillm.ranks.board import Board, Operation
 from minillm.ranks.watch import caller, p2p_channels, shape_of, wait_for_device
 
-_FOR_EVER = timedelta(days=1)  # the watch over the ranks ends a job, not the transport
-
 
 @dataclass
 class Count:
@@ -153,17 +151,16 @@ class Comm:
         return tensor.copy_(buffer) if buffer is not tensor else tensor
 
 
-def make_group(store: dist.Store, name: str, rank: int, size: int, backend: Backend, local: bool) -> Any:
-    """A raw torch process group under its own prefix of `store`; `local` binds it to the loopback interface."""
+def make_group(store: dist.Store, rank: int, size: int, backend: Backend, local: bool, limit: timedelta) -> Any:
+    """A raw torch process group that meets in `store`; `local` binds it to the loopback interface. None for one rank."""
     if size == 1:
         return None
-    scoped = dist.PrefixStore(name, store)
     if backend.transport == "nccl":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = _FOR_EVER
-        return dist.ProcessGroupNCCL(scoped, rank, size, options)
+        options._timeout = limit
+        return dist.ProcessGroupNCCL(store, rank, size, options)
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = _FOR_EVER
+    options._timeout = limit
     options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
-    return gloo(scoped, rank, size, options)
+    return gloo(store, rank, size, options)

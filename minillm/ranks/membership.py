@@ -19,6 +19,9 @@ from minillm.ranks.board import BOARD_BYTES, Board
 from minillm.ranks.comm import Comm, make_group
 from minillm.ranks.watch import watch_torch
 
+FOR_EVER = timedelta(days=1)  # where the launching process watches, it ends a job, not the transport
+_UNWATCHED = timedelta(minutes=10)  # under torchrun nobody watches: torch's own usual limit
+
 
 @dataclass
 class RankContext:
@@ -31,6 +34,7 @@ class RankContext:
     store: dist.Store
     board: Board
     local: bool = True  # all ranks on one host
+    limit: timedelta = FOR_EVER  # of the transport's own patience
     send_event: Callable[[Any], None] = lambda event: None
     namespace: dict[str, Any] = field(default_factory=dict)
     _comms: dict[str, Comm] = field(default_factory=dict)
@@ -46,7 +50,8 @@ class RankContext:
         name = name or "-".join(map(str, members))
         if name not in self._comms:
             place = members.index(self.rank)
-            group = make_group(self.store, f"comm/{name}", place, len(members), self.backend, self.local)
+            store = dist.PrefixStore(f"comm/{name}", self.store)
+            group = make_group(store, place, len(members), self.backend, self.local, self.limit)
             self._comms[name] = Comm(name, members, place, self.board, self.backend, group)
         return self._comms[name]
 
@@ -92,6 +97,7 @@ def join(
     store: dist.Store,
     memory: memoryview | bytearray,
     local: bool = True,
+    limit: timedelta = FOR_EVER,
 ) -> RankContext:
     """Set up torch's default group and the board for this process, and make its context."""
     device = backend.device(local_rank)
@@ -102,10 +108,9 @@ def join(
     board = Board(memory)
     bound: dict[str, Any] = {"device_id": device} if backend.transport == "nccl" else {}
     world = dist.PrefixStore("world", store)
-    for_ever = timedelta(days=1)  # the watch over the ranks ends a job, not the transport
-    dist.init_process_group(backend.groups, store=world, rank=rank, world_size=world_size, timeout=for_ever, **bound)
+    dist.init_process_group(backend.groups, store=world, rank=rank, world_size=world_size, timeout=limit, **bound)
     watch_torch(board, rank)
-    return set_context(RankContext(rank, world_size, device, backend, store, board, local))
+    return set_context(RankContext(rank, world_size, device, backend, store, board, local, limit))
 
 
 def _join_launched_job() -> RankContext:
@@ -116,5 +121,5 @@ def _join_launched_job() -> RankContext:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     scoped = dist.PrefixStore("minillm", store)
-    backend = choose_backend(local_size)
-    return join(rank, world_size, local_rank, backend, scoped, bytearray(BOARD_BYTES), local_size == world_size)
+    board, local = bytearray(BOARD_BYTES), local_size == world_size
+    return join(rank, world_size, local_rank, choose_backend(local_size), scoped, board, local, _UNWATCHED)

@@ -41,9 +41,14 @@ def spots_of_frame(frame: FrameType | None) -> list[Spot]:
 
 
 def inside_torch(frame: FrameType | None) -> bool:
-    """Whether the innermost frame is one of torch's that wait for other ranks."""
-    name = frame.f_code.co_filename.replace(os.sep, "/") if frame is not None else ""
-    return "/torch/distributed/" in name or name.endswith("/torch/_ops.py")
+    """Whether the innermost frames belong to torch's communication."""
+    for _ in range(4):
+        if frame is None:
+            return False
+        if "/torch/distributed/" in frame.f_code.co_filename.replace(os.sep, "/"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def spots_of_traceback(trace: TracebackType | None) -> list[Spot]:

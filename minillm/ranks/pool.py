@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -116,7 +117,7 @@ class Ranks:
         if self._processes:
             return
         if self._store is None:
-            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            self._store = _local_store()
         self._generation += 1
         for rank in range(self.world_size):
             seat = Seat(rank, self.world_size, self.backend, self._store.port, self._generation, self.threads)
@@ -146,3 +147,14 @@ class Ranks:
             raise
         finally:
             self._lock.release()
+
+
+def _local_store() -> dist.TCPStore:
+    """Where ranks find each other: a port of the system's choice, on the loopback interface alone."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )  # fmt: skip

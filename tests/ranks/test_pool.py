@@ -9,7 +9,9 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -190,24 +192,83 @@ def test_stop_button_says_where_everyone_stood() -> None:
         assert ranks.run(total) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_ranks_end_with_a_killed_launcher(busy: bool) -> None:
+@pytest.mark.parametrize("end", ["killed, idle", "killed, busy", "normal"])
+def test_ranks_end_with_their_launcher(end: str) -> None:
     script = textwrap.dedent(f"""
         import time, torch.distributed as dist
         from minillm import Ranks
         ranks = Ranks(2, device="cpu", timeout_s=60)
         ranks.start()
         print(*ranks.pids, flush=True)
-        ranks.run(lambda: dist.barrier() if dist.get_rank() else time.sleep(60)) if {busy} else time.sleep(60)
+        if "busy" in {end!r}:
+            ranks.run(lambda: dist.barrier() if dist.get_rank() else time.sleep(60))
+        if "idle" in {end!r}:
+            time.sleep(60)
     """)
     launcher = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
     pids = [int(word) for word in launcher.stdout.readline().split()]
     time.sleep(0.3)
-    launcher.kill()
-    launcher.wait()
+    if "killed" in end:
+        launcher.kill()
+    launcher.wait(10)
     assert len(pids) == 2
     assert gone(pids)
+
+
+def test_ranks_end_with_a_restarted_kernel() -> None:
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel()
+    try:
+        code = "from minillm import Ranks; r = Ranks(2, device='cpu'); r.start(); r.pids"
+        pids: list[int] = []
+        client.execute_interactive(
+            code, timeout=60, output_hook=lambda m: pids.extend(eval(m["content"].get("data", {}).get("text/plain", "[]")))
+        )  # fmt: skip
+        assert len(pids) == 2
+        manager.restart_kernel(now=True)
+        assert gone(pids)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_twenty_pools_do_not_meet() -> None:
+    pools = [Ranks(2, device="cpu") for _ in range(20)]
+    try:
+        for pool in pools:
+            pool.start()
+        assert len({pid for pool in pools for pid in pool.pids}) == 40
+        with ThreadPoolExecutor(20) as threads:
+            totals = list(threads.map(lambda pool: pool.run(total), pools))
+        assert totals == [[1.0, 1.0]] * 20
+    finally:
+        for pool in pools:
+            pool.close()
+
+
+def test_only_the_loopback_interface_is_listened_on(ranks2: Ranks) -> None:
+    ranks2.run(total)
+    for pid in [os.getpid(), *ranks2.pids]:
+        listening = [c.laddr.ip for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1", "::1"}, listening
+
+
+def test_one_call_at_a_time(ranks2: Ranks) -> None:
+    thread = threading.Thread(target=lambda: ranks2.run(time.sleep, 0.5))
+    thread.start()
+    time.sleep(0.2)
+    with pytest.raises(RuntimeError, match="busy with another call"):
+        ranks2.run(total)
+    thread.join()
+    assert ranks2.run(total) == [1.0, 1.0]
+
+
+def test_without_a_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.ranks.process.start_method", lambda: "spawn")
+    with Ranks(2, device="cpu") as ranks:
+        assert ranks.run(total) == [1.0, 1.0]
 
 
 def test_a_script_without_main_guard_runs_once(tmp_path) -> None:
