@@ -21,6 +21,7 @@ from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
+from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Trace
 
 Prompt = str | list[int]
@@ -53,6 +54,7 @@ class LLM:
         self.model = Decoder(self.config)
         load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
         self.trace = Trace()
+        self.timing = True  # False leaves the clocks out of `trace`; counts stay
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -94,9 +96,11 @@ class LLM:
         self.close()
 
     def _run(self, requests: list[Request]) -> Iterator[Piece]:
-        engine = Engine(self.model, requests)
-        self.trace = engine.trace
-        pieces = engine.run()
+        recorder = Recorder(
+            timing=self.timing, model=self.folder.name, layout=str(self.layout), device=self.device.type
+        )
+        self.trace = recorder.trace
+        pieces = Engine(self.model, requests, recorder).run()
         while True:
             with one_thread():
                 piece = next(pieces, None)

@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
 from minillm.engine.request import Piece, Request
 from minillm.kv.contiguous import ContiguousCache
 from minillm.model.batch import Batch, Chunk
+from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.sampling import sample
-from minillm.trace.trace import Kind, Span, Trace
+from minillm.trace.recorder import Recorder
+from minillm.trace.trace import Category, Kind
 
 MAX_RUNNING = 16
 
 
 class Engine:
-    """Runs requests on one decoder. `trace` holds a span for each step."""
+    """Runs requests on one decoder. `recorder` gets a span for each step, and the memory that the run holds."""
 
-    def __init__(self, model: Decoder, requests: list[Request], max_running: int = MAX_RUNNING) -> None:
+    def __init__(
+        self, model: Decoder, requests: list[Request], recorder: Recorder, max_running: int = MAX_RUNNING
+    ) -> None:  # fmt: skip
         self.model = model
+        self.recorder = recorder
         self.waiting = list(requests)
         self.max_running = max_running
         self.slots: dict[int, Request] = {}  # slot of the cache -> request, prefilled or not
         self.cache: ContiguousCache | None = None
-        self.trace = Trace()
+        recorder.memory(Category.WEIGHTS, sum(parameter.nbytes for parameter in model.parameters()))
 
     def run(self) -> Iterator[Piece]:
         """Step until every request has finished; yields what each step added."""
@@ -40,9 +46,11 @@ class Engine:
     def step(self) -> list[Piece]:
         """One turn of the loop."""
         batch = self.schedule()
-        began = time.monotonic()
-        logits = self.model(batch, self.cache)
-        return self.postprocess(batch, logits, began)
+        self.recorder.step += 1
+        with self._span(batch):
+            logits = self.model(batch, self.cache)
+            tokens = self.sample(batch, logits)
+        return self.postprocess(batch, tokens)
 
     def schedule(self) -> Batch:
         """The next batch: one prompt that is not in the cache yet, else one token of every running request."""
@@ -53,15 +61,15 @@ class Engine:
                 return Batch((Chunk(slot, 0, tuple(request.prompt)),))
         return Batch(tuple(Chunk(slot, r.length - 1, (r.token_ids[-1],)) for slot, r in self.slots.items()))
 
-    def postprocess(self, batch: Batch, logits: torch.Tensor, began_s: float) -> list[Piece]:
-        """Sample a token for every chunk; requests that finished leave their slot."""
+    def sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:
+        """The next token of every chunk's request."""
         requests = [self.slots[chunk.slot] for chunk in batch.chunks]
-        tokens = [sample(row, r.params, r.seed, r.index, r.length) for row, r in zip(logits, requests)]
+        return [sample(row, r.params, r.seed, r.index, r.length) for row, r in zip(logits, requests)]
+
+    def postprocess(self, batch: Batch, tokens: list[int]) -> list[Piece]:
+        """Hand every request its token; those that finished leave their slot."""
         now = time.monotonic()
-        pieces = [request.append(token, now) for request, token in zip(requests, tokens)]
-        prefill = batch.chunks[0].start == 0
-        kind = Kind.PREFILL if prefill else Kind.DECODE
-        self.trace.add(Span(0, kind, kind.value, began_s, now, len(batch.token_ids), tuple(r.index for r in requests)))
+        pieces = [self.slots[chunk.slot].append(token, now) for chunk, token in zip(batch.chunks, tokens)]
         self.slots = {slot: request for slot, request in self.slots.items() if request.finish_reason is None}
         return pieces
 
@@ -71,3 +79,17 @@ class Engine:
         self.slots = dict(enumerate(wave))
         longest = max(request.longest for request in wave)
         self.cache = ContiguousCache(self.model.config, len(wave), longest, self.model.device, self.model.dtype)
+        self.recorder.memory(Category.KV_CACHE, self.cache.bytes)
+
+    def _span(self, batch: Batch) -> AbstractContextManager[object]:
+        """The span of a step, with what it costs by formula."""
+        kind = Kind.PREFILL if batch.chunks[0].start == 0 else Kind.DECODE
+        cost = pass_cost(self.model.config, batch, self.model.dtype.itemsize).total
+        return self.recorder.span(
+            kind,
+            kind.value,
+            tokens=len(batch.token_ids),
+            request_ids=tuple(self.slots[chunk.slot].index for chunk in batch.chunks),
+            flops=cost.flops,
+            memory_bytes=cost.memory_bytes,
+        )

@@ -1,10 +1,14 @@
-"""What a run leaves behind: spans of work on each rank. Pictures and tables are drawn from a `Trace` and nothing else."""
+"""What a run leaves behind: spans of work on each rank, and samples of the memory it held.
+
+Pictures and tables are drawn from a `Trace` and nothing else. The file loads no torch; who records is `recorder.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 
 class Kind(Enum):
@@ -16,17 +20,47 @@ class Kind(Enum):
     WAITING = "waiting"
 
 
+class Category(Enum):
+    """What memory is held for."""
+
+    WEIGHTS = "weights"
+    KV_CACHE = "KV cache"
+    ACTIVATIONS = "activations"
+
+
+class Clock(Enum):
+    """Whose time a trace shows: as it ran here, laid out again one device per rank, or computed from a plan."""
+
+    MEASURED = "measured"
+    REPLAYED = "replayed"
+    PLANNED = "planned"
+
+
 @dataclass(frozen=True)
 class Span:
-    """One stretch of work on a rank; times in seconds of the monotonic clock."""
+    """One stretch of work on a rank.
+
+    Times are seconds of the host's monotonic clock; `cpu_s` is the thread's own CPU time in it. `message_bytes` is what
+    this rank put on a link; `flops` and `memory_bytes` (read and written) follow from shapes by formula (`model/cost.py`).
+    Within a `lane` of a rank, spans come in program order. `group`, `sequence` and `peer` match the sides of a message.
+    """
 
     rank: int
     kind: Kind
     name: str
     start_s: float
     end_s: float
+    step: int = 0
+    lane: str = "compute"
+    cpu_s: float | None = None
     tokens: int = 0
     request_ids: tuple[int, ...] = ()
+    flops: int = 0
+    memory_bytes: int = 0
+    message_bytes: int = 0
+    group: str = ""
+    sequence: int = -1
+    peer: int = -1
 
     @property
     def duration_s(self) -> float:
@@ -34,18 +68,56 @@ class Span:
         return self.end_s - self.start_s
 
 
+@dataclass(frozen=True)
+class MemorySample:
+    """Bytes that a rank held for one category, from `time_s` on until its next sample of that category."""
+
+    rank: int
+    category: Category
+    time_s: float
+    bytes: int
+
+
 @dataclass
 class Trace:
-    """The spans of one run, in the order in which they ended."""
+    """The spans and memory samples of one run, in the order in which they were recorded.
+
+    `about` says what ran: model, layout, device, machine. It is what a picture's caption is made of.
+    """
 
     spans: list[Span] = field(default_factory=list)
+    memory: list[MemorySample] = field(default_factory=list)
+    clock: Clock = Clock.MEASURED
+    about: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, span: Span) -> None:
-        """Record a span."""
-        self.spans.append(span)
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that recorded something."""
+        return sorted({span.rank for span in self.spans} | {sample.rank for sample in self.memory})
+
+    @property
+    def start_s(self) -> float:
+        """When the first span began; 0 for a trace without spans."""
+        return min((span.start_s for span in self.spans), default=0.0)
+
+    @property
+    def end_s(self) -> float:
+        """When the last span ended; 0 for a trace without spans."""
+        return max((span.end_s for span in self.spans), default=0.0)
+
+    def peak_bytes(self, rank: int) -> dict[Category, int]:
+        """The most that a rank held at any time, by category."""
+        peaks: dict[Category, int] = {}
+        for sample in self.memory:
+            if sample.rank == rank:
+                peaks[sample.category] = max(peaks.get(sample.category, 0), sample.bytes)
+        return peaks
 
     @classmethod
     def of_ranks(cls, traces: Sequence[Trace]) -> Trace:
         """One trace from what each rank recorded for itself: the n-th becomes rank n."""
         spans = [replace(span, rank=rank) for rank, trace in enumerate(traces) for span in trace.spans]
-        return cls(sorted(spans, key=lambda span: span.end_s))
+        memory = [replace(sample, rank=rank) for rank, trace in enumerate(traces) for sample in trace.memory]
+        about = dict(traces[0].about) if traces else {}
+        spans.sort(key=lambda span: span.end_s)
+        return cls(spans, sorted(memory, key=lambda sample: sample.time_s), about=about)

@@ -1,0 +1,87 @@
+"""What a forward pass must compute and move, by formula from shapes: floating-point operations and bytes.
+
+A product of [m, k] with [k, n] is 2 m k n operations; it reads both and writes m n numbers. Bytes count each weight
+once per pass, and each activation where it is written and where it is read by a product: the least that a device
+without a cache for activations could do. No tensors here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillm.model.batch import Batch
+from minillm.model.config import DTYPE_BYTES, ModelConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations and bytes of memory traffic; costs add."""
+
+    flops: int = 0
+    memory_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.memory_bytes + other.memory_bytes)
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte: where the pass stands on a roofline (Williams et al., 2009)."""
+        return self.flops / self.memory_bytes if self.memory_bytes else 0.0
+
+    def time_s(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """The roofline's time: the slower of computing and moving."""
+        return max(self.flops / flops_per_s, self.memory_bytes / bytes_per_s)
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """A forward pass in its two parts, which behave differently: products with weights, and attention over the cache."""
+
+    products: Cost
+    attention: Cost
+
+    @property
+    def total(self) -> Cost:
+        """Both."""
+        return self.products + self.attention
+
+
+def product_cost(rows: int, inputs: int, outputs: int, element_bytes: int) -> Cost:
+    """[rows, inputs] times a weight [inputs, outputs]."""
+    moved = inputs * outputs + rows * (inputs + outputs)
+    return Cost(2 * rows * inputs * outputs, moved * element_bytes)
+
+
+def attention_cost(config: ModelConfig, tokens: int, context: int, element_bytes: int) -> Cost:
+    """One layer's attention for `tokens` new tokens of a sequence whose length is then `context`.
+
+    Scores and weighted values take 4 · heads · head_dim operations per pair (token, position it sees); a causal token
+    sees only what came before. K and V of the context are read once, queries and outputs moved once.
+    """
+    start = context - tokens
+    pairs = tokens * start + tokens * (tokens + 1) // 2
+    flops = 4 * config.heads * config.head_dim * pairs
+    moved = 2 * context * config.kv_heads * config.head_dim + 2 * tokens * config.heads * config.head_dim
+    return Cost(flops, moved * element_bytes)
+
+
+def pass_cost(config: ModelConfig, batch: Batch, element_bytes: int | None = None, every_row: bool = False) -> PassCost:
+    """The cost of `Decoder.forward(batch)`: all products with weights, all attention. Norms and the like are left out."""
+    size = element_bytes or DTYPE_BYTES[config.dtype]
+    rows = sum(len(chunk.token_ids) for chunk in batch.chunks)
+    hidden, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    layer = (
+        product_cost(rows, hidden, queries + 2 * keys, size)
+        + product_cost(rows, queries, hidden, size)
+        + product_cost(rows, hidden, 2 * config.intermediate_size, size)
+        + product_cost(rows, config.intermediate_size, hidden, size)
+    )
+    head = product_cost(rows if every_row else len(batch.chunks), hidden, config.vocab_size, size)
+    attention = Cost()
+    for chunk in batch.chunks:
+        attention += attention_cost(config, len(chunk.token_ids), chunk.end, size)
+    times = config.layers
+    return PassCost(
+        Cost(layer.flops * times, layer.memory_bytes * times) + head,
+        Cost(attention.flops * times, attention.memory_bytes * times),
+    )

@@ -1,0 +1,54 @@
+"""Records one rank's spans and memory while it works. Counts are always kept; the switch removes the clocks only."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
+
+
+class Recorder:
+    """Fills a `Trace`. With `timing=False` all times are 0 and no clock is read."""
+
+    def __init__(self, rank: int = 0, timing: bool = True, **about: Any) -> None:
+        self.rank = rank
+        self.timing = timing
+        self.trace = Trace(about=about)
+        self.step = 0
+
+    def now_s(self) -> float:
+        """The monotonic clock, or 0 with timing off."""
+        return time.monotonic() if self.timing else 0.0
+
+    def span(self, kind: Kind, name: str, **figures: Any) -> _OpenSpan:
+        """`with recorder.span(Kind.DECODE, "decode", tokens=3):` records what stands inside as one span."""
+        return _OpenSpan(self, kind, name, figures)
+
+    def memory(self, category: Category, count_bytes: int) -> None:
+        """From now on this rank holds so many bytes for `category`."""
+        self.trace.memory.append(MemorySample(self.rank, category, self.now_s(), count_bytes))
+
+
+class _OpenSpan:
+    """A span that has begun. A class, not a generator: it is entered thousands of times a second."""
+
+    __slots__ = ("_cpu", "_figures", "_kind", "_name", "_recorder", "_start")
+
+    def __init__(self, recorder: Recorder, kind: Kind, name: str, figures: dict[str, Any]) -> None:
+        self._recorder, self._kind, self._name, self._figures = recorder, kind, name, figures
+
+    def __enter__(self) -> _OpenSpan:
+        timing = self._recorder.timing
+        self._start = time.monotonic() if timing else 0.0
+        self._cpu = time.thread_time() if timing else 0.0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        recorder = self._recorder
+        cpu = time.thread_time() - self._cpu if recorder.timing else None
+        end = time.monotonic() if recorder.timing else 0.0
+        span = Span(
+            recorder.rank, self._kind, self._name, self._start, end, recorder.step, cpu_s=cpu, **self._figures
+        )  # fmt: skip
+        recorder.trace.spans.append(span)

@@ -1,0 +1,140 @@
+"""Traces: what is recorded is exact, files come back equal, and broken ones are refused in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import make_checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from minillm import LLM, SamplingParams
+from minillm.kv.contiguous import ContiguousCache
+from minillm.model.batch import Batch, Chunk
+from minillm.model.cost import pass_cost
+from minillm.trace.recorder import Recorder
+from minillm.trace.store import chrome_trace, load_trace, save_chrome_trace, save_trace
+from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
+
+times = st.floats(0, 1e6, allow_nan=False)
+SPANS = st.builds(
+    Span, st.integers(0, 7), st.sampled_from(Kind), st.text(max_size=8), times, times, st.integers(0, 99), st.sampled_from(["compute", "link"]),
+    st.none() | times, st.integers(0, 99), st.tuples(st.integers(0, 9)), st.integers(0, 2**60),
+)  # fmt: skip
+SAMPLES = st.builds(MemorySample, st.integers(0, 7), st.sampled_from(Category), times, st.integers(0, 2**50))
+TRACES = st.builds(Trace, st.lists(SPANS, max_size=8), st.lists(SAMPLES, max_size=4), st.sampled_from(Clock))
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return LLM(make_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@given(trace=TRACES)
+def test_a_saved_trace_comes_back_equal(tmp_path_factory: pytest.TempPathFactory, trace: Trace) -> None:
+    file = tmp_path_factory.getbasetemp() / "trace.json.gz"
+    save_trace(trace, file)
+    assert load_trace(file) == trace
+
+
+@given(trace=TRACES)
+def test_chrome_events_keep_the_format(trace: Trace) -> None:
+    """The rules of the Trace Event Format: phases with their fields, microseconds, JSON values."""
+    exported = json.loads(json.dumps(chrome_trace(trace)))
+    for event in exported["traceEvents"]:
+        assert event["ph"] in ("X", "M", "C")
+        assert isinstance(event["name"], str)
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        if event["ph"] != "M":
+            assert event["ts"] >= 0
+        if event["ph"] == "C":
+            assert all(isinstance(value, int) for value in event["args"].values())
+    assert sum(event["ph"] == "X" for event in exported["traceEvents"]) == len(trace.spans)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "there is no trace"),
+        (b"", "truncated or no trace"),
+        (gzip.compress(b'{"format": "minillm trace"')[:-9], "truncated or no trace"),
+        (gzip.compress(b"[]"), "is no minillm trace"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 1"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 1}'), "damaged trace"),
+    ],
+)
+def test_broken_files(tmp_path: Path, content: bytes | None, text: str) -> None:
+    file = tmp_path / "t"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=text) as caught:
+        load_trace(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_records_steps_tokens_and_memory(llm: LLM, tmp_path: Path) -> None:
+    outputs = llm.generate([[1, 2, 3], [4]], SamplingParams(max_tokens=4, ignore_eos=True))
+    spans = llm.trace.spans
+    assert [span.kind for span in spans] == [Kind.PREFILL] * 2 + [Kind.DECODE] * 3
+    assert [span.step for span in spans] == [1, 2, 3, 4, 5]
+    assert [span.tokens for span in spans] == [3, 1, 2, 2, 2]
+    assert [span.request_ids for span in spans] == [(0,), (1,), (0, 1), (0, 1), (0, 1)]
+    assert all(span.start_s <= span.end_s and 0 < span.cpu_s <= span.duration_s + 0.01 for span in spans)
+    assert all(a.end_s <= b.start_s for a, b in zip(spans, spans[1:]))
+    peaks = llm.trace.peak_bytes(0)
+    assert peaks[Category.WEIGHTS] == sum(tensor.nbytes for tensor in llm.model.parameters())
+    longest = max(len(output.prompt_token_ids) + 4 for output in outputs)
+    assert peaks[Category.KV_CACHE] == 2 * longest * llm.config.kv_bytes_per_token
+    save_chrome_trace(llm.trace, tmp_path / "chrome.json")
+    assert json.loads((tmp_path / "chrome.json").read_text())["otherData"]["clock"] == "measured"
+
+
+def test_without_timing_the_counts_stay(llm: LLM) -> None:
+    llm.timing = False
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
+    llm.timing = True
+    assert [(span.tokens, span.start_s, span.cpu_s) for span in llm.trace.spans] == [(3, 0.0, None), (1, 0.0, None)]
+    assert all(span.flops > 0 for span in llm.trace.spans)
+
+
+def test_a_span_that_ends_in_an_error_is_recorded() -> None:
+    recorder = Recorder(rank=3)
+    with pytest.raises(ZeroDivisionError), recorder.span(Kind.DECODE, "decode"):
+        _ = 1 // 0
+    assert [(span.rank, span.name) for span in recorder.trace.spans] == [(3, "decode")]
+
+
+CHUNKS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7)), min_size=1, max_size=3)
+
+
+@given(CHUNKS, st.booleans())
+def test_flops_by_formula_are_what_torch_counts(llm: LLM, chunks: list[tuple[int, int]], every_row: bool) -> None:
+    """torch counts every pair of a prompt's attention; the formula only those that a causal token sees."""
+    batch = Batch(tuple(Chunk(slot, start, tuple(range(1, n + 1))) for slot, (start, n) in enumerate(chunks)))
+    cache = ContiguousCache(llm.config, len(chunks), 20, llm.model.device, llm.model.dtype)
+    cache.keys.zero_()
+    cache.values.zero_()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # torch counts no fused CPU attention
+        llm.model(batch, cache, every_row=every_row)
+    cost = pass_cost(llm.config, batch, every_row=every_row)
+    pairs = sum(n * (n - 1) // 2 for _, n in chunks)  # above the diagonal
+    masked = 4 * llm.config.heads * llm.config.head_dim * pairs * llm.config.layers
+    assert counter.get_total_flops() == cost.total.flops + masked
+
+
+def test_bytes_by_formula(llm: LLM) -> None:
+    """Decode reads every weight but the embedding table once, and the whole context's K and V."""
+    one = pass_cost(llm.config, Batch((Chunk(0, 9, (1,)),)), 4)
+    table = llm.model.embed_tokens.weight.nbytes
+    norms = sum(p.nbytes for name, p in llm.model.named_parameters() if "norm" in name)
+    weights = sum(p.nbytes for p in llm.model.parameters()) - table - norms
+    assert weights < one.products.memory_bytes < weights * 1.1
+    assert one.attention.memory_bytes - 10 * llm.config.kv_bytes_per_token == 2 * 4 * 32 * llm.config.layers
+    assert torch.float32.itemsize == 4
