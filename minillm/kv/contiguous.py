@@ -15,8 +15,10 @@ class ContiguousCache:
 
     def __init__(self, config: ModelConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.layers, slots, config.kv_heads, length, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.keys = torch.zeros(
+            shape, device=device, dtype=dtype
+        )  # zeros: unused room is multiplied by 0, never by NaN
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
 
     @property
     def bytes(self) -> int:

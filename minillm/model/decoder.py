@@ -1,7 +1,7 @@
 """The plain decoder: one device, no parallelism, every line of a transformer's forward pass in one file.
 
 Llama, Qwen2 and Qwen3. Parameter names are the checkpoint's own. Modes of parallelism are *applied to* this model
-elsewhere; it knows nothing of ranks. Weights come from `weights.load_weights`; the module is built without storage.
+elsewhere; it knows nothing of ranks. How tokens see the cache is in `attention.py`. Weights come from `weights.load_weights`; the module is built without storage.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from minillm.kv.contiguous import ContiguousCache
+from minillm.model.attention import Step, attention
 from minillm.model.batch import Batch
 from minillm.model.config import ModelConfig
+from minillm.model.linear import Linear
 from minillm.model.rope import rope_frequencies, rotate
 
 
@@ -26,8 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -37,55 +38,20 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.out_bias)
+        self.q_proj = Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.o_proj = Linear(query, config.hidden_size, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x: torch.Tensor, batch: Batch, turn: tuple[torch.Tensor, torch.Tensor], cache: ContiguousCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step, cache: ContiguousCache) -> torch.Tensor:
         tokens = x.shape[0]
         q = self.q_norm(self.q_proj(x).view(tokens, -1, self.head_dim))  # [tokens, heads, head_dim]
         k = self.k_norm(self.k_proj(x).view(tokens, -1, self.head_dim))  # [tokens, kv_heads, head_dim]
         v = self.v_proj(x).view(tokens, -1, self.head_dim)
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        out = torch.empty_like(q)
-        begin = 0
-        for chunk, end in zip(batch.chunks, batch.ends):  # each sequence attends to itself alone
-            keys, values = cache.append(self.layer, chunk.slot, chunk.start, k[begin:end], v[begin:end])
-            out[begin:end] = attend(q[begin:end], keys, values, chunk.start)
-            begin = end
-        return self.o_proj(out.view(tokens, -1))
-
-
-def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v for the tokens of one sequence from position `start` on.
-
-    q [tokens, heads, head_dim], keys and values [kv_heads, start + tokens, head_dim] -> [tokens, heads, head_dim].
-    Token i sees positions 0 … start + i.
-    """
-    tokens, heads, head_dim = q.shape
-    kv_heads, length, _ = keys.shape
-    if tokens == 1:  # decode: the query heads of a group are the rows of one small product
-        grouped = q.view(kv_heads, heads // kv_heads, head_dim)
-        scores = (grouped @ keys.transpose(1, 2)) * head_dim**-0.5  # [kv_heads, group, length]
-        return (torch.softmax(scores.float(), dim=-1).to(q.dtype) @ values).view(1, heads, head_dim)
-    mask = None
-    if start > 0:
-        row = torch.arange(start, length, device=q.device)[:, None]
-        mask = torch.arange(length, device=q.device)[None, :] <= row  # [tokens, length]
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        keys[None],
-        values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=heads != kv_heads,
-    )
-    return out[0].transpose(0, 1)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        return self.o_proj(attention(self.layer, q, k, v, step, cache).view(tokens, -1))
 
 
 class MLP(nn.Module):
@@ -93,12 +59,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -111,10 +77,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, batch: Batch, turn: tuple[torch.Tensor, torch.Tensor], cache: ContiguousCache
-    ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), batch, turn, cache)
+    def forward(self, x: torch.Tensor, step: Step, cache: ContiguousCache) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -128,7 +92,7 @@ class Decoder(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         frequencies, self.rope_factor = rope_frequencies(config)
@@ -148,10 +112,10 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, cache: ContiguousCache, every_row: bool = False) -> torch.Tensor:
         """Put the batch's tokens into the cache; returns logits [chunks, vocab], or [tokens, vocab] for `every_row`."""
         tokens = torch.tensor(batch.token_ids, device=self.device)
-        turn = self.turn(torch.tensor(batch.positions, device=self.device))
+        step = Step.of(batch, *self.turn(torch.tensor(batch.positions, device=self.device)))
         x = self.embed_tokens(tokens)  # [tokens, hidden]
         for layer in self.layers:
-            x = layer(x, batch, turn, cache)
+            x = layer(x, step, cache)
         if not every_row:
             x = x[batch.last_rows]
         return self.lm_head(self.norm(x))

@@ -14,6 +14,7 @@ from minillm.kv.contiguous import ContiguousCache
 from minillm.model.batch import Batch, Chunk
 from minillm.model.config import ModelConfig, read_config
 from minillm.model.decoder import Decoder
+from minillm.model.linear import Linear
 from minillm.model.weights import load_weights
 
 BASE = {
@@ -122,6 +123,31 @@ def test_sequences_in_a_batch_do_not_see_each_other(tmp_path: Path) -> None:
     mixed = Batch((Chunk(0, 5, (6,)), Chunk(1, 1, (3, 4)), Chunk(2, 3, (1,))))  # decode and prefill side by side
     alone = [logits_in_chunks(decoder, ids, [])[-1] for ids in ([1, 2, 3, 4, 5, 6], [7, 3, 4], [9, 8, 7, 1])]
     torch.testing.assert_close(decoder(mixed, cache), torch.stack(alone), atol=1e-5, rtol=0)
+
+
+def test_decode_of_several_sequences_in_any_slots(tmp_path: Path) -> None:
+    """A decode step computes all sequences at once; free slots in between, and what they held, change nothing."""
+    make(tmp_path, GRID["llama, wide heads"])
+    decoder = load(tmp_path)
+    texts = {0: [3, 1, 4, 1, 5], 2: [9, 2], 5: [6, 5, 3]}
+    cache = ContiguousCache(decoder.config, 6, 8, decoder.device, decoder.dtype)
+    decoder(Batch((Chunk(1, 0, (7, 7, 7, 7)), Chunk(4, 0, (8,)))), cache)  # left behind by others
+    decoder(Batch(tuple(Chunk(slot, 0, tuple(ids[:-1])) for slot, ids in texts.items())), cache)
+    step = decoder(Batch(tuple(Chunk(slot, len(ids) - 1, (ids[-1],)) for slot, ids in texts.items())), cache)
+    alone = [logits_in_chunks(decoder, ids, [])[-1] for ids in texts.values()]
+    torch.testing.assert_close(step, torch.stack(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_multiplied_alike(rows: int, bias: bool) -> None:
+    layer = Linear(24, 40, bias=bias)
+    x = torch.randn(rows, 24)
+    with torch.inference_mode():
+        fast = layer(x)
+        layer.few_rows = False
+        torch.testing.assert_close(fast, layer(x), atol=1e-5, rtol=1e-5)
+    assert fast.is_contiguous()
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
