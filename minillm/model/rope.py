@@ -62,6 +62,9 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + head_dim/2) of `x` [tokens, heads, head_dim] by its angle; cos and sin [tokens, 1, head_dim]."""
+    """Turn each pair (a, b) = (x[i], x[i + head_dim/2]) by its angle: (a cos - b sin, b cos + a sin).
+
+    x [tokens, heads, head_dim]; cos and sin [tokens, 1, head_dim], sin negative in its first half.
+    """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
