@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 import sys
 import threading
@@ -41,6 +42,8 @@ class Ranks:
             raise ValueError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
         if threads < 1:
             raise ValueError(f"threads={threads!r}: give at least 1")
+        if multiprocessing.current_process().daemon:
+            raise ValueError("a rank cannot start ranks of its own: make them in the notebook or script, side by side")
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.threads = threads

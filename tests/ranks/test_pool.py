@@ -295,6 +295,11 @@ def test_bad_sizes(size: object) -> None:
         Ranks(size)  # type: ignore[arg-type]
 
 
+def test_ranks_inside_a_rank(ranks2: Ranks) -> None:
+    with pytest.raises(RankError, match="a rank cannot start ranks of its own"):
+        ranks2.run(lambda: Ranks(2))
+
+
 def test_bad_device() -> None:
     with pytest.raises(ValueError, match="choose one of cpu, cuda"):
         Ranks(2, device="tpu")
