@@ -116,6 +116,7 @@ class Comm:
     def recv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> torch.Tensor:
         """Receive into `tensor`, in place, from a rank of the group."""
         theirs, mine = p2p_channels(self.name, self.members[source], self.members[self.rank], tag)
+        self._count("recv", None)
         operation = Operation("recv", shape_of(tensor), mine, theirs, (self.members[source],), caller())
         buffer = self._stage(tensor)
         number, _ = self.board.enter(operation)
@@ -145,7 +146,7 @@ class Comm:
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor that the transport sees: itself, or a copy in host memory when gloo carries CUDA tensors."""
-        return tensor.cpu() if self.backend.staged else tensor
+        return tensor.cpu().contiguous() if self.backend.staged else tensor.contiguous()
 
     def _unstage(self, buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(buffer) if buffer is not tensor else tensor

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from minillm.ranks.board import Notice, View
+from minillm.ranks.board import Notice, State, View
 from minillm.ranks.errors import Fault, Verdict
-from minillm.ranks.places import describe, describe_source
+from minillm.ranks.places import Spot, describe, describe_source
+from minillm.ranks.watch import FROM_ANYONE
 from minillm.ranks.worker import Failure
 
 # What a healthy rank raises when another one went away: a consequence, never the cause.
@@ -21,6 +22,7 @@ _CONSEQUENCE = re.compile(
     r"connection (closed|reset|refused)|closed by peer|broken pipe|socket|gloo|nccl|remote process|read error|write error",
     re.IGNORECASE,
 )
+_OWN_FAULT = re.compile(r"enforce fail|invalid argument", re.IGNORECASE)  # the transport's words for a wrong call
 
 
 class Life(Enum):
@@ -40,24 +42,27 @@ class Rank:
     life: Life
     view: View
     failure: Failure | None = None
+    raised_at_s: float = 0.0
     exit_text: str = ""  # how the process ended
     place: str = ""  # where its main thread stands, when it was asked
+    spots: list[Spot] = field(default_factory=list)
     inside_torch: bool = False  # and whether that is inside one of torch's own waits
 
     @property
     def waits(self) -> Notice | None:
         """The operation that the rank waits in, or waited in when it lost its connection."""
-        return self.view.current if self.life is Life.RUNNING or self.is_consequence else None
+        if self.life is Life.RUNNING:
+            return self.view.current
+        return self.view.last if self.is_consequence else None
 
     @property
     def is_consequence(self) -> bool:
         """Whether the rank raised only because another one went away."""
-        failure = self.failure
-        return (
-            failure is not None
-            and failure.kind in ("RuntimeError", "DistBackendError", "DistNetworkError")
-            and bool(_CONSEQUENCE.search(failure.text))
-        )
+        failure, last = self.failure, self.view.last
+        if failure is None or last is None or last.state not in (State.WAITING, State.FAILED):
+            return False  # it raised outside any communication
+        kinds = ("RuntimeError", "DistBackendError", "DistNetworkError")
+        return failure.kind in kinds and bool(_CONSEQUENCE.search(failure.text)) and not _OWN_FAULT.search(failure.text)
 
     def describe(self) -> str:
         """One line: what the rank does, or how it ended."""
@@ -95,7 +100,9 @@ def awaited(rank: Rank, ranks: list[Rank]) -> list[int]:
         return []
     channel = notice.partner or notice.channel
     others = [number for number in notice.members if number != rank.number]
-    return [n for n in others if ranks[n].view.counts.get(channel, 0) <= notice.index]
+    if notice.name == FROM_ANYONE:
+        return others
+    return [n for n in others if not ranks[n].view.entered(channel, notice.index)]
 
 
 def blockers(rank: Rank, ranks: list[Rank]) -> set[int]:
@@ -116,10 +123,16 @@ def stuck_ranks(ranks: list[Rank]) -> list[int]:
     """
     moving = {rank.number for rank in ranks if rank.life is Life.RUNNING and rank.waits is None}
     while True:
-        more = {r.number for r in ranks if r.waits is not None and set(awaited(r, ranks)) <= moving} - moving
+        more = {r.number for r in ranks if r.waits is not None and _gets_on(r, ranks, moving)} - moving
         if not more:
             return [rank.number for rank in ranks if rank.waits is not None and rank.number not in moving]
         moving |= more
+
+
+def _gets_on(rank: Rank, ranks: list[Rank], moving: set[int]) -> bool:
+    """Whether all that a waiting rank awaits get on. Who takes a message from anyone may find one on its way."""
+    assert rank.waits is not None
+    return rank.waits.name == FROM_ANYONE or set(awaited(rank, ranks)) <= moving
 
 
 def find_fault(ranks: list[Rank]) -> Verdict | None:
@@ -143,11 +156,14 @@ def _dead_or_raised(ranks: list[Rank]) -> Verdict | None:
         text = f"{_names(dead)} died: {dead[0].exit_text}"
         return _verdict(Fault.DIED, [rank.number for rank in dead], text, ranks, dead[0].view.current)
     raised = [rank for rank in ranks if rank.life is Life.RAISED and not rank.is_consequence]
+    raised.sort(key=lambda rank: rank.raised_at_s)
     if not raised:
         return None
     first = raised[0]
     assert first.failure is not None
     same = [rank for rank in raised if rank.failure and rank.failure.headline == first.failure.headline]
+    same.sort(key=lambda rank: rank.number)
+    raised = same + [rank for rank in raised if rank not in same]
     verdict = _verdict(
         Fault.RAISED, [r.number for r in raised], f"{_names(same)} raised {first.failure.headline}", ranks, None
     )
@@ -171,7 +187,7 @@ def find_disagreement(ranks: list[Rank]) -> Verdict | None:
     calls: dict[tuple[int, int], dict[int, Notice]] = {}
     for rank in ranks:
         for notice in rank.view.notices.values():
-            if notice.members:
+            if notice.members and notice.name != FROM_ANYONE and notice.state is not State.REFUSED:
                 channel = notice.partner if notice.name in ("recv", "irecv") else notice.channel
                 calls.setdefault((channel, notice.index), {})[rank.number] = notice
     for notices in calls.values():
@@ -215,12 +231,22 @@ def _absent_or_deadlocked(ranks: list[Rank]) -> Verdict | None:
     if gone:
         waiter = next(ranks[s] for s in stuck if set(awaited(ranks[s], ranks)) & set(gone))
         assert waiter.waits is not None
-        text = f"{_names([ranks[n] for n in gone])} returned without calling {describe_operation(waiter.waits)}, where rank {waiter.number} waits"
+        text = f"{_names([ranks[n] for n in gone])} returned without {_counterpart(waiter)}, where rank {waiter.number} waits"
         return _verdict(Fault.ABSENT, gone, text, ranks, waiter.waits)
     circle = _circle(stuck, ranks)
     steps = [f"rank {a} for rank {b}" for a, b in zip(circle, [*circle[1:], circle[0]])]
     text = f"deadlock: {', '.join(steps).replace(' for ', ' waits for ', 1)}"
     return _verdict(Fault.DEADLOCK, sorted(circle), text, ranks, ranks[circle[0]].waits)
+
+
+def _counterpart(waiter: Rank) -> str:
+    """What the others should have called: the same collective, or the other side of a message."""
+    notice = waiter.waits
+    assert notice is not None
+    if not notice.partner:
+        return f"calling {describe_operation(notice)}"
+    side, toward = ("recv", "from") if "send" in notice.name else ("send", "to")
+    return f"calling {side} {toward} rank {waiter.number}"
 
 
 def _circle(stuck: list[int], ranks: list[Rank]) -> list[int]:
@@ -235,7 +261,7 @@ def _circle(stuck: list[int], ranks: list[Rank]) -> list[int]:
 
 def find_late(ranks: list[Rank], late: list[int], silent: list[int], timeout_s: float) -> Verdict:
     """The verdict when nothing moved for `timeout_s`: `late` ranks are awaited by others, `silent` ones do not answer."""
-    culprits = silent or late
+    culprits = [number for number in late if number in silent] or late or silent
     waiter = next(
         (rank for rank in ranks if rank.waits is not None and set(awaited(rank, ranks)) & set(culprits)), None
     )
@@ -263,9 +289,9 @@ def find_leftover(ranks: list[Rank]) -> Verdict | None:
     """After a call that all ranks returned from: a collective that some members never entered."""
     for rank in ranks:
         for notice in rank.view.notices.values():
-            if notice.partner or not notice.members:
+            if notice.partner or notice.name == FROM_ANYONE or notice.state is State.REFUSED:
                 continue
-            missing = [n for n in notice.members if ranks[n].view.counts.get(notice.channel, 0) <= notice.index]
+            missing = [n for n in notice.members if not ranks[n].view.entered(notice.channel, notice.index)]
             if missing:
                 text = f"{_names([ranks[n] for n in missing])} returned without calling {describe_operation(notice)}, which rank {rank.number} called"
                 return _verdict(Fault.ABSENT, missing, text, ranks, notice)
@@ -277,3 +303,12 @@ def _names(ranks: list[Rank]) -> str:
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
     return f"ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def has_open_messages(ranks: list[Rank]) -> bool:
+    """Whether something sent, received or started in this call is not over: the next call would meet it."""
+    notices = [(rank, notice) for rank in ranks for notice in rank.view.notices.values()]
+    for _, notice in notices:
+        if notice.partner and not all(ranks[n].view.entered(notice.partner, notice.index) for n in notice.members):
+            return True
+    return any(notice.state is State.FAILED and rank.is_consequence for rank, notice in notices)

@@ -66,3 +66,10 @@ class RankError(RuntimeError):
         if note:
             lines += ["", note]
         return "\n".join(lines)
+
+
+class Stopped(KeyboardInterrupt):
+    """The stop button, or Ctrl-C, while ranks ran; the text says where each of them stood."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn, cast
+from contextlib import suppress
+from itertools import groupby
+from multiprocessing.connection import wait
+from typing import Any, NoReturn
 
 import cloudpickle
 
@@ -24,9 +26,10 @@ from minillm.ranks.diagnosis import (
     find_late,
     find_leftover,
     find_unwatched,
+    has_open_messages,
     stuck_ranks,
 )
-from minillm.ranks.errors import Fault, RankError, Verdict
+from minillm.ranks.errors import Fault, RankError, Stopped, Verdict
 from minillm.ranks.places import describe
 from minillm.ranks.process import RankProcess
 
@@ -58,15 +61,16 @@ class Job:
         self.started = self.looked_at = time.monotonic()
         self.moved_at = [self.started] * len(views)
         self.failed_at: float | None = None
-        self.steady: tuple[int, ...] | None = None  # ticks of all boards at the last look at which ranks were stuck
-        self.inside: tuple[float, dict[int, int]] = (self.started, {})  # ranks in unwatched waits: their ticks then
+        self.steady: Any = None  # which ranks were stuck at the last look, and their ticks
+        self.inside: tuple[float, dict[int, Any]] = (self.started, {})  # ranks in unwatched waits: how they stood then
+        self.question = 0
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Hand the message to every rank; one that died since the last call counts as dead."""
         for rank, process in zip(self.ranks, self.processes):
             try:
                 process.calls.send(message)
-            except OSError:
+            except (BrokenPipeError, ConnectionError):
                 self._died(rank)
 
     def finish(self) -> list[Any]:
@@ -85,32 +89,53 @@ class Job:
         if verdict is not None:
             self._raise(verdict)
         self._print_lines()
-        return [cloudpickle.loads(result) for result in self.results]
+        return [self._load(number, result) for number, result in enumerate(self.results)]
+
+    def _load(self, number: int, result: bytes) -> Any:
+        """Unpickle what a rank sent."""
+        try:
+            return cloudpickle.loads(result)
+        except Exception as error:
+            text = f"what rank {number} sent cannot be read here: {type(error).__name__}: {error}"
+            self._raise(Verdict(Fault.LOST, [number], text, recoverable=True))
 
     def _read(self, rank: Rank) -> None:
         rank.view = board.read(self.processes[rank.number].board, self.since[rank.number])
 
     def _listen(self) -> None:
         """Take what the ranks have sent, for at most one poll."""
-        channels = {self.processes[rank.number].calls: rank for rank in self.ranks if rank.life is Life.RUNNING}
-        for channel in cast(list[Connection], wait(list(channels), timeout=POLL_S)):
-            rank = channels[channel]
-            try:
-                self._take(rank, channel.recv())
-            except (EOFError, OSError):
+        sources: dict[Any, Rank] = {}
+        for rank in self.ranks:
+            if rank.life is Life.RUNNING:
+                process = self.processes[rank.number]
+                sources |= {process.calls: rank, process.process.sentinel: rank}
+        for rank in {
+            sources[source].number: sources[source] for source in wait(list(sources), timeout=POLL_S)
+        }.values():
+            self._receive(rank)
+
+    def _receive(self, rank: Rank) -> None:
+        """Take one message; a process that ended without one has died."""
+        process = self.processes[rank.number]
+        try:
+            if process.calls.poll():
+                self._take(rank, process.calls.recv())
+            elif not process.alive:
                 self._died(rank)
+        except (EOFError, ConnectionError):
+            self._died(rank)
 
     def _take(self, rank: Rank, message: tuple[Any, ...]) -> None:
         kind, body = message[0], message[1]
         if kind == "returned":
             rank.life, self.results[rank.number] = Life.RETURNED, body
         elif kind == "raised":
-            rank.life, rank.failure = Life.RAISED, body
+            rank.life, rank.failure, rank.raised_at_s = Life.RAISED, body, time.monotonic()
             self._note_failure()
         elif kind == "event" and self.on_event is not None:
-            self.on_event(rank.number, cloudpickle.loads(body))
+            self.on_event(rank.number, self._load(rank.number, body))
         elif kind == "line" and self.stream:
-            _print(rank.number, body, message[2])
+            _print([(rank.number, body, message[2])])
         elif kind == "line":
             self.lines[rank.number].append((body, message[2]))
 
@@ -142,14 +167,15 @@ class Job:
         return self._too_slow(now) or self._late(now) or self._unwatched(now)
 
     def _settled(self) -> bool:
-        """Whether ranks are stuck or done, none computes, and nothing moved since the last look."""
-        ticks = tuple(rank.view.ticks for rank in self.ranks)
+        """Whether the ranks that are stuck were so at the last look, and have not moved; being stuck is for ever.
+
+        After a failure, whether none computes any more either.
+        """
         stuck = stuck_ranks(self.ranks)
-        before, self.steady = self.steady, ticks if stuck or self.failed_at is not None else None
-        if before != ticks:
-            return False
-        computing = [r for r in self.ranks if r.life is Life.RUNNING and r.waits is None]
-        return not computing or (bool(stuck) and self.failed_at is None)
+        now = (stuck, [self.ranks[n].view.ticks for n in stuck])
+        before, self.steady = self.steady, now
+        computing = any(rank.life is Life.RUNNING and rank.waits is None for rank in self.ranks)
+        return before == now and (self.failed_at is None or not computing)
 
     def _after_failure(self, now: float, settled: bool) -> Verdict | None:
         """A rank failed: give the others a moment to arrive where they will wait for it."""
@@ -161,7 +187,7 @@ class Job:
 
     def _connection_lost(self) -> Verdict | None:
         """Every failed rank lost a connection and none says why."""
-        raised = [rank for rank in self.ranks if rank.failure is not None]
+        raised = sorted((r for r in self.ranks if r.failure is not None), key=lambda rank: rank.raised_at_s)
         if not raised:
             return None
         text = f"rank {raised[0].number} raised {raised[0].failure.headline}"  # type: ignore[union-attr]
@@ -195,46 +221,60 @@ class Job:
         return find_late(self.ranks, sorted(late), silent, limit)
 
     def _unwatched(self, now: float) -> Verdict | None:
-        """A verdict when ranks sit in one of torch's own waits, which no board shows, at two looks `timeout_s` apart."""
+        """A verdict when ranks sit in a wait of torch's own, which no board shows, at two looks `timeout_s` apart.
+
+        A rank sits there if it stands on the same lines and its process has hardly computed in between.
+        """
         asked_at, before = self.inside
-        if now - asked_at < self.timeout_s or any(rank.waits is not None for rank in self.ranks):
+        limit = self.timeout_s
+        if self.limit_s is not None or now - asked_at < limit or any(rank.waits is not None for rank in self.ranks):
             return None
         running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
         self._ask_where(running)
-        inside = {rank.number: rank.view.ticks for rank in running if rank.inside_torch}
+        spent = {rank.number: self.processes[rank.number].cpu_s for rank in running}
+        inside = {r.number: (r.view.ticks, r.spots, spent[r.number]) for r in running if r.inside_torch}
         self.inside = (now, inside)
-        same = [number for number, ticks in inside.items() if before.get(number) == ticks]
-        return find_unwatched(self.ranks, same, self.timeout_s) if same else None
+        same = [
+            number
+            for number, (ticks, spots, cpu_s) in inside.items()
+            if number in before and before[number][:2] == (ticks, spots) and cpu_s - before[number][2] < 0.1 * limit
+        ]
+        return find_unwatched(self.ranks, same, limit) if same else None
 
     def _ask_where(self, ranks: list[Rank]) -> list[int]:
         """Ask running ranks where their main thread stands; returns those that do not answer."""
-        silent = []
+        self.question += 1
         for rank in ranks:
-            try:
-                self.processes[rank.number].control.send("where")
-            except OSError:
-                continue
+            with suppress(ConnectionError):
+                self.processes[rank.number].control.send(self.question)
         end = time.monotonic() + ANSWER_S
-        for rank in ranks:
-            process = self.processes[rank.number]
-            if process.control.poll(max(0.0, end - time.monotonic())):
-                spots, rank.inside_torch = process.control.recv()
-                rank.place = f"runs {describe(*spots[-1])}" if spots else "runs"
-            else:
-                rank.place = "does not answer: its process is stopped" if process.stopped else "does not answer"
-                silent.append(rank.number)
-        return silent
+        return [rank.number for rank in ranks if not self._answers(rank, end)]
+
+    def _answers(self, rank: Rank, end: float) -> bool:
+        """Take a rank's answer to the present question, until `end`."""
+        process = self.processes[rank.number]
+        try:
+            while process.control.poll(max(0.0, end - time.monotonic())):
+                question, rank.spots, rank.inside_torch = process.control.recv()
+                if question == self.question:
+                    rank.place = f"runs {describe(*rank.spots[-1])}" if rank.spots else "runs"
+                    return True
+        except (EOFError, ConnectionError):
+            pass  # it died meanwhile; the next look will see it
+        rank.place = "does not answer: its process is stopped" if process.stopped else "does not answer"
+        return False
 
     def _print_lines(self) -> None:
-        for number, lines in enumerate(self.lines):
-            for stream, text in lines:
-                _print(number, stream, text)
+        _print([(number, stream, text) for number, lines in enumerate(self.lines) for stream, text in lines])
+        for lines in self.lines:
             lines.clear()
 
     def _raise(self, verdict: Verdict) -> NoReturn:
         self._print_lines()
-        healthy = all(rank.life in (Life.RETURNED, Life.RAISED) for rank in self.ranks)
-        verdict.recoverable = verdict.fault is Fault.RAISED and healthy and find_leftover(self.ranks) is None
+        replied = all(rank.life in (Life.RETURNED, Life.RAISED) for rank in self.ranks)
+        fatal = any(rank.failure is not None and rank.failure.fatal for rank in self.ranks)
+        clean = find_leftover(self.ranks) is None and not has_open_messages(self.ranks)
+        verdict.recoverable = verdict.fault in (Fault.RAISED, Fault.LOST) and replied and clean and not fatal
         raise RankError(verdict, "" if verdict.recoverable else _RESTART)
 
     def _interrupted(self) -> NoReturn:
@@ -245,8 +285,11 @@ class Job:
         self._ask_where(running)
         self._print_lines()
         places = "\n".join(f"  rank {rank.number}  {rank.describe()}" for rank in self.ranks)
-        raise KeyboardInterrupt(f"the ranks were stopped; they stood at\n{places}\n\n{_RESTART}") from None
+        raise Stopped(f"the ranks were stopped; they stood at\n{places}\n\n{_RESTART}") from None
 
 
-def _print(rank: int, stream: str, text: str) -> None:
-    print(f"rank {rank}: {text}", file=sys.stderr if stream == "stderr" else sys.stdout, flush=True)
+def _print(lines: list[tuple[int, str, str]]) -> None:
+    """Print (rank, stream, text) lines, in as few writes as the streams allow."""
+    for stream, group in groupby(lines, key=lambda line: line[1]):
+        text = "".join(f"rank {rank}: {line}\n" for rank, _, line in group)
+        print(text, end="", file=sys.stderr if stream == "stderr" else sys.stdout, flush=True)

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from minillm.ranks.backend import Backend, choose_backend, loopback_interface
-from minillm.ranks.board import BOARD_BYTES, Board
+from minillm.ranks.board import BOARD_BYTES, Board, Operation
 from minillm.ranks.comm import Comm, make_group
-from minillm.ranks.watch import watch_torch
+from minillm.ranks.watch import caller, watch_torch
 
 FOR_EVER = timedelta(days=1)  # where the launching process watches, it ends a job, not the transport
 _UNWATCHED = timedelta(minutes=10)  # under torchrun nobody watches: torch's own usual limit
@@ -51,7 +51,10 @@ class RankContext:
         if name not in self._comms:
             place = members.index(self.rank)
             store = dist.PrefixStore(f"comm/{name}", self.store)
+            meeting = Operation("comm", f"named {name}", f"make {name}", "", members, caller())
+            number, _ = self.board.enter(meeting)
             group = make_group(store, place, len(members), self.backend, self.local, self.limit)
+            self.board.leave(number)
             self._comms[name] = Comm(name, members, place, self.board, self.backend, group)
         return self._comms[name]
 
@@ -108,7 +111,8 @@ def join(
     board = Board(memory)
     bound: dict[str, Any] = {"device_id": device} if backend.transport == "nccl" else {}
     world = dist.PrefixStore("world", store)
-    dist.init_process_group(backend.groups, store=world, rank=rank, world_size=world_size, timeout=limit, **bound)
+    if not dist.is_initialized():  # a script's Accelerator may have done it
+        dist.init_process_group(backend.groups, store=world, rank=rank, world_size=world_size, timeout=limit, **bound)
     watch_torch(board, rank)
     return set_context(RankContext(rank, world_size, device, backend, store, board, local, limit))
 

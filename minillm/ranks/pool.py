@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
-import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import cloudpickle
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from minillm.ranks.backend import Backend, choose_backend
 from minillm.ranks.errors import RankError
 from minillm.ranks.job import Job
 from minillm.ranks.places import cell_sources, remember_cells
-from minillm.ranks.process import RankProcess, start_rank, warm_up
+from minillm.ranks.process import RankProcess, kill_all, start_rank, warm_up
 from minillm.ranks.worker import Seat
 
 MAX_RANKS = 256
@@ -38,10 +40,10 @@ class Ranks:
     ) -> None:
         if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size={world_size!r}: give a whole number of ranks from 1 to {MAX_RANKS}")
-        if not timeout_s > 0:
+        if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s!r}: give a number of seconds above 0")
-        if threads < 1:
-            raise ValueError(f"threads={threads!r}: give at least 1")
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads={threads!r}: give a whole number from 1")
         if multiprocessing.current_process().daemon:
             raise ValueError("a rank cannot start ranks of its own: make them in the notebook or script, side by side")
         self.world_size = world_size
@@ -52,6 +54,9 @@ class Ranks:
         self._generation = 0
         self._processes: list[RankProcess] = []
         self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(
+            self, kill_all, self._processes
+        )  # also at exit, before multiprocessing waits
         self._closed = False
         self.last_error: RankError | None = None  # of the last call that failed
         warm_up()
@@ -70,6 +75,8 @@ class Ranks:
         with `stream=True`. `on_event(rank, event)` gets what a rank sends with `context().emit(event)`, while it runs.
         Raises `RankError` when a rank fails or the ranks cannot go on, and `KeyboardInterrupt` when stopped.
         """
+        if not callable(fn):
+            raise ValueError(f"run takes a function, not a {type(fn).__name__}: write ranks.run(function, arguments …)")
         payload = cloudpickle.dumps((fn, args, kwargs))
         code = getattr(fn, "__code__", None)
         sources = cell_sources({code.co_filename} if code else set())
@@ -86,7 +93,7 @@ class Ranks:
     def close(self) -> None:
         """End the processes. Safe to call twice."""
         self._closed = True
-        self._end()
+        kill_all(self._processes)
         self._store = None
 
     def __enter__(self) -> Ranks:
@@ -95,9 +102,8 @@ class Ranks:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_processes", None) and not sys.is_finalizing():
-            self._end()
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("Ranks stay where they were made: in a function that runs on ranks, use context() instead")
 
     def __repr__(self) -> str:
         return f"Ranks({self.world_size}, {self.backend.describe()})"
@@ -115,6 +121,10 @@ class Ranks:
 
     def start(self) -> None:
         """Start the processes now rather than at the first call."""
+        with self._alone():
+            self._start()
+
+    def _start(self) -> None:
         if self._closed:
             raise ValueError("these ranks are closed; make new ones with Ranks(…)")
         if self._processes:
@@ -122,31 +132,30 @@ class Ranks:
         if self._store is None:
             self._store = _local_store()
         self._generation += 1
+        port, environment = self._store.port, dict(os.environ)
         for rank in range(self.world_size):
-            seat = Seat(rank, self.world_size, self.backend, self._store.port, self._generation, self.threads)
+            seat = Seat(rank, self.world_size, self.backend, port, self._generation, self.threads, environment)
             self._processes.append(start_rank(seat))
         Job(self._processes, self.timeout_s, limit_s=START_TIMEOUT_S).finish()
 
-    def _end(self) -> None:
-        processes, self._processes = self._processes, []
-        for process in processes:
-            if process.alive:
-                process.process.kill()
-        for process in processes:
-            process.kill()
-
     def _call(self, message: tuple[Any, ...], on_event: Callable[[int, Any], None] | None, stream: bool) -> list[Any]:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("these ranks are busy with another call; wait for it, or make other Ranks")
-        try:
-            self.start()
+        with self._alone():
+            self._start()
             job = Job(self._processes, self.timeout_s, on_event, stream)
             job.send(message)
             return job.finish()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time; one that fails ends the processes, unless all of them can go on."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("these ranks are busy with another call; wait for it, or make other Ranks")
+        try:
+            yield
         except BaseException as error:
             self.last_error = error if isinstance(error, RankError) else None
             if not (isinstance(error, RankError) and error.verdict.recoverable):
-                self._end()
+                kill_all(self._processes)
             raise
         finally:
             self._lock.release()

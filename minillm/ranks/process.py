@@ -49,6 +49,7 @@ class RankProcess:
     process: Any
     calls: Connection
     control: Connection
+    lifeline: Connection
     board: memoryview
 
     @property
@@ -71,13 +72,31 @@ class RankProcess:
         except psutil.Error:
             return False
 
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds the process has used; 0 when it is gone."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+            return times.user + times.system
+        except psutil.Error:
+            return 0.0
+
     def kill(self) -> None:
         """End the process at once and close its pipes."""
         if self.alive:
             self.process.kill()
         self.process.join(5)
-        self.calls.close()
-        self.control.close()
+        for pipe in (self.calls, self.control, self.lifeline):
+            pipe.close()
+
+
+def kill_all(processes: list[RankProcess]) -> None:
+    """End all of them, together, and empty the list."""
+    for process in processes:
+        if process.alive:
+            process.process.kill()
+    while processes:
+        processes.pop().kill()
 
 
 def start_rank(seat: Any) -> RankProcess:
@@ -91,10 +110,11 @@ def start_rank(seat: Any) -> RankProcess:
     context: Any = torch_multiprocessing.get_context(start_method())
     calls, calls_there = context.Pipe()
     control, control_there = context.Pipe()
+    lifeline_there, lifeline = context.Pipe(duplex=False)
     board = torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_()
-    process = context.Process(target=main, args=(seat, calls_there, control_there, board), daemon=True)
+    process = context.Process(target=main, args=(seat, calls_there, control_there, lifeline_there, board), daemon=True)
     with _no_main():
         process.start()
-    calls_there.close()
-    control_there.close()
-    return RankProcess(process, calls, control, memoryview(cast(Any, board.numpy())))
+    for pipe in (calls_there, control_there, lifeline_there):
+        pipe.close()
+    return RankProcess(process, calls, control, lifeline, memoryview(cast(Any, board.numpy())))

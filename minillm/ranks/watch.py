@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from minillm.ranks.board import Board, Operation, State
 
+FROM_ANYONE = "recv from anyone"
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 LIBRARY = (
@@ -89,14 +91,28 @@ class WatchedWork:
 
     def __init__(self, work: Any, board: Board, operation: Operation, index: int) -> None:
         self._work, self._board, self._operation, self._index = work, board, operation, index
+        self._polled: int | None = None  # the notice of a loop that asks is_completed()
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for the operation, on the board too."""
-        number = self._board.wait(self._operation, self._index)
-        result = self._work.wait(*args, **kwargs)
-        wait_for_device()
+        number = self._polled or self._board.wait(self._operation, self._index)
+        try:
+            result = self._work.wait(*args, **kwargs)
+            wait_for_device()
+        except BaseException:
+            self._board.fail(number)
+            raise
         self._board.leave(number)
         return result
+
+    def is_completed(self) -> bool:
+        """Ask without waiting; a rank that asks again and again counts as waiting."""
+        done = self._work.is_completed()
+        if not done and self._polled is None:
+            self._polled = self._board.wait(self._operation, self._index)
+        if done and self._polled is not None:
+            self._board.leave(self._polled)
+        return done
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -110,7 +126,7 @@ def p2p_channels(group: str, sender: int, receiver: int, tag: int = 0) -> tuple[
 
 def watch_torch(board: Board, rank: int) -> None:
     """Wrap the communication functions of `torch.distributed` in this process, once."""
-    nested = [False]  # object collectives call tensor collectives: only the outermost call is published
+    nested = threading.local()  # object collectives call tensor collectives: only the outermost call is published
     for name, rule in _RULES.items():
         wrapped = _wrap(getattr(c10d, name), name, rule, board, rank, nested)
         setattr(c10d, name, wrapped)
@@ -119,53 +135,76 @@ def watch_torch(board: Board, rank: int) -> None:
 
 
 def _wrap(
-    function: Callable[..., Any], name: str, rule: _Rule, board: Board, rank: int, nested: list[bool]
+    function: Callable[..., Any], name: str, rule: _Rule, board: Board, rank: int, nested: threading.local
 ) -> Callable[..., Any]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if nested[0] or not dist.is_initialized():
+        if getattr(nested, "inside", False) or not dist.is_initialized():
             return function(*args, **kwargs)
         values = signature.bind(*args, **kwargs).arguments
         operation = _operation(name, rule, values, rank)
         asynchronous = bool(values.get("async_op")) or name in ("isend", "irecv")
         number, index = board.enter(operation, State.ISSUED if asynchronous else State.WAITING)
-        nested[0] = True
+        nested.inside = True
         try:
             result = function(*args, **kwargs)
+            if not asynchronous:
+                wait_for_device()
+        except BaseException as error:  # refused arguments were no communication; a RuntimeError may be the transport's
+            board.fail(number, "" if isinstance(error, RuntimeError) else operation.channel)
+            raise
         finally:
-            nested[0] = False
+            nested.inside = False
         if asynchronous:
             return WatchedWork(result, board, operation, index) if result is not None else None
-        wait_for_device()
+        if operation.name == FROM_ANYONE and result is not None:
+            board.advance(p2p_channels(_label(values), result, rank, values.get("tag") or 0)[1])
         board.leave(number)
         return result
 
     return watched
 
 
+def _label(values: dict[str, Any]) -> str:
+    group: Any = values.get("group") or c10d.GroupMember.WORLD
+    return "world" if group is c10d.GroupMember.WORLD else c10d._get_process_group_name(group)
+
+
 def _operation(name: str, rule: _Rule, values: dict[str, Any], rank: int) -> Operation:
     group: Any = values.get("group") or c10d.GroupMember.WORLD
     if group == c10d.GroupMember.NON_GROUP_MEMBER:
         return Operation(name, "", f"outside {name}", "", (rank,), caller())
-    label = "world" if group is c10d.GroupMember.WORLD else c10d._get_process_group_name(group)
     tensor = values.get(rule.tensor)
     agreed = shape_of(tensor) if isinstance(tensor, torch.Tensor) else ""
     if rule.peer:
-        return _p2p(name, rule, values, rank, group, label, agreed)
+        return _p2p(name, rule, values, rank, group, _label(values), agreed)
     if rule.root:
         agreed += f" {rule.root}={_global_rank(values, rule.root, group, default=0)}"
+    if "op" in values:
+        agreed += f" {values['op']}".replace("RedOpType.", "")
+    members = tuple(dist.get_process_group_ranks(group))
+    label = _label(values)
     if name == "new_group":
         agreed = f"ranks={values.get('ranks')}"
-    members = tuple(dist.get_process_group_ranks(group))
+        if values.get("use_local_synchronization"):
+            members = tuple(values.get("ranks") or members)
+            label = f"of {members}"
     return Operation(name, agreed.strip(), f"group {label}", "", members, caller())
 
 
 def _p2p(name: str, rule: _Rule, values: dict[str, Any], rank: int, group: Any, label: str, shape: str) -> Operation:
     peer = _global_rank(values, rule.peer, group, default=None)
     if peer is None:  # recv from anyone
-        return Operation(name, shape, f"recv {label} any {rank}", "", (), caller())
+        others = tuple(number for number in dist.get_process_group_ranks(group) if number != rank)
+        return Operation(FROM_ANYONE, shape, f"recv {label} any {rank}", "", others, caller())
+    ranks = dist.get_process_group_ranks(group)
+    if peer not in ranks or peer == rank:
+        choices = ", ".join(str(number) for number in ranks if number != rank)
+        raise ValueError(
+            f"{name}({rule.peer}={peer!r}) on rank {rank}: there is no such other rank; give one of {choices}"
+        )
     tag = values.get("tag") or 0
     if rule.peer == "dst":
         mine, theirs = p2p_channels(label, rank, peer, tag)

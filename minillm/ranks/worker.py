@@ -7,6 +7,7 @@ thread of its own says where the rank stands when asked, and ends the process wh
 from __future__ import annotations
 
 import ast
+import fcntl
 import io
 import os
 import signal
@@ -36,6 +37,7 @@ class Seat:
     store_port: int
     generation: int
     threads: int
+    environment: dict[str, str]  # of the launching process, as it is now
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,12 @@ class Failure:
     text: str
     spots: list[Spot]
     library: str  # the traceback's last frames, when the user's own are not the innermost
+    fatal: bool = False  # the rank ends with it
 
     @property
     def headline(self) -> str:
-        return f"{self.kind}: {self.text}" if self.text else self.kind
+        first = next(iter(self.text.splitlines()), "")
+        return f"{self.kind}: {first}" if first else self.kind
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -58,6 +62,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor) and obj.is_cuda:
             return obj.detach().cpu().__reduce_ex__(2)
+        if isinstance(obj, torch.Tensor) and obj.untyped_storage().nbytes() > 2 * obj.nbytes and not obj.requires_grad:
+            return obj.clone().__reduce_ex__(2)  # a small view of something large
         return super().reducer_override(obj)
 
 
@@ -68,19 +74,34 @@ def dumps(value: Any) -> bytes:
     return file.getvalue()
 
 
+class Channel:
+    """The pipe to the launching process, for several threads."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+        self.recv = pipe.recv
+
+    def send(self, message: Any) -> None:
+        """Send one message whole."""
+        with self._lock:
+            self._pipe.send(message)
+
+
 class _Lines(io.TextIOBase):
     """A rank's stdout or stderr: whole lines go to the launching process."""
 
-    def __init__(self, calls: Connection, name: str) -> None:
+    def __init__(self, calls: Channel, name: str) -> None:
         self._calls, self._name, self._rest = calls, name, ""
+        self._lock = threading.Lock()
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._calls.send(("line", self._name, line))
+        with self._lock:
+            *lines, self._rest = (self._rest + text).split("\n")
+            for line in lines:
+                self._calls.send(("line", self._name, line))
         return len(text)
 
     def finish(self) -> None:
@@ -89,12 +110,17 @@ class _Lines(io.TextIOBase):
             self.write("\n")
 
 
-def main(seat: Seat, calls: Connection, control: Connection, board: torch.Tensor) -> None:
+def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection, board: torch.Tensor) -> None:
     """Entry of a rank process."""
+    end_with(lifeline)
+    os.environ.clear()
+    os.environ.update(seat.environment)
+    calls = Channel(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stop button interrupts the kernel, which then ends the ranks
     threading.Thread(target=_answer, args=(control, threading.main_thread().ident), daemon=True).start()
     torch.set_num_threads(seat.threads)
-    sys.stdout, sys.stderr = _Lines(calls, "stdout"), _Lines(calls, "stderr")
+    streams = _Lines(calls, "stdout"), _Lines(calls, "stderr")
+    sys.stdout, sys.stderr = streams
     try:
         store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False)
         scoped = dist.PrefixStore(str(seat.generation), store)
@@ -108,12 +134,24 @@ def main(seat: Seat, calls: Connection, control: Connection, board: torch.Tensor
         rank=here.rank, world_size=here.world_size, device=here.device, torch=torch, dist=dist, context=context
     )
     calls.send(("returned", dumps(None)))
-    while _one_call(here, calls):
+    while _one_call(here, calls, streams):
         pass
     os._exit(0)  # skip torch's and gloo's teardown: the other ranks may be gone already
 
 
-def _one_call(here: RankContext, calls: Connection) -> bool:
+def end_with(lifeline: Connection) -> None:
+    """Be killed when the launching process is gone, even while stopped or holding the interpreter: Linux does it.
+
+    The other end of `lifeline` is never written; when its holder ends, the system sends this process SIGKILL.
+    """
+    if sys.platform == "linux":
+        descriptor = lifeline.fileno()
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _one_call(here: RankContext, calls: Channel, streams: tuple[_Lines, _Lines]) -> bool:
     """Take one message from the launching process; False when it was the last."""
     try:
         message = calls.recv()
@@ -127,15 +165,34 @@ def _one_call(here: RankContext, calls: Connection) -> bool:
     try:
         if kind == "call":
             function, args, kwargs = cloudpickle.loads(payload)
-            reply = ("returned", dumps(function(*args, **kwargs)))
+            value = function(*args, **kwargs)
         else:
-            reply = ("returned", dumps(_execute(payload, next(iter(sources)), here.namespace)))
+            value = _execute(payload, next(iter(sources)), here.namespace)
+        reply = _returned(value)
     except BaseException as error:  # SystemExit too: a rank that leaves is a fault to report
         reply = ("raised", _failure(error))
-    for stream in (sys.stdout, sys.stderr):
-        stream.finish()  # type: ignore[union-attr]
+    if not dist.is_initialized():
+        text = "dist.destroy_process_group() was called: leave the default group to Ranks"
+        reply = ("raised", Failure("RuntimeError", text, [], "", fatal=True))
+    for stream in streams:
+        stream.finish()
     calls.send(reply)
-    return True
+    return dist.is_initialized()
+
+
+def _returned(value: Any) -> tuple[str, Any]:
+    try:
+        return ("returned", dumps(value))
+    except Exception as error:
+        text = f"what this rank returned, a {type(value).__name__}, cannot be sent: {_text_of(error)}"
+        return ("raised", Failure("TypeError", text, [], ""))
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its text cannot be shown)"
 
 
 def _execute(source: str, filename: str, namespace: dict[str, Any]) -> Any:
@@ -144,8 +201,8 @@ def _execute(source: str, filename: str, namespace: dict[str, Any]) -> Any:
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)  # type: ignore[attr-defined]
-    exec(compile(tree, filename, "exec"), namespace)
-    return eval(compile(last, filename, "eval"), namespace) if last is not None else None
+    exec(compile(tree, filename, "exec", dont_inherit=True), namespace)
+    return eval(compile(last, filename, "eval", dont_inherit=True), namespace) if last is not None else None
 
 
 def _failure(error: BaseException) -> Failure:
@@ -157,15 +214,15 @@ def _failure(error: BaseException) -> Failure:
     library = f"{os.path.basename(inner.filename)}:{inner.lineno} {inner.name}" if inner else ""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return Failure("SyntaxError", error.msg, [(error.filename, error.lineno)], "")
-    return Failure(type(error).__name__, str(error), spots, library)
+    return Failure(type(error).__name__, _text_of(error), spots[-20:], library)
 
 
 def _answer(control: Connection, main_thread: int) -> None:
     """Say where the main thread stands, each time the launching process asks; when that is gone, end."""
     while True:
         try:
-            control.recv()
+            question = control.recv()
             frame = sys._current_frames().get(main_thread)
-            control.send((spots_of_frame(frame), inside_torch(frame)))
+            control.send((question, spots_of_frame(frame), inside_torch(frame)))
         except (EOFError, OSError):
             os.kill(os.getpid(), signal.SIGKILL)
