@@ -40,7 +40,7 @@ def main() -> None:
     picture = Path(__file__).with_suffix(".png")
     picture.write_bytes(png(figure))
     spans = [
-        {"rank": rank, **asdict(span), "kind": span.kind.value}
+        {**asdict(span), "rank": rank, "kind": span.kind.value}
         for rank, (_, t) in enumerate(answers)
         for span in t.spans
     ]

@@ -22,7 +22,7 @@ from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
 from minillm.trace.recorder import Recorder
-from minillm.trace.trace import Trace
+from minillm.trace.trace import Kind, Trace
 
 Prompt = str | list[int]
 
@@ -76,18 +76,27 @@ class LLM:
     def chat(self, message: str | list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a question, or continue a conversation [{"role": "user", "content": "…"}, …], by the chat template."""
         messages = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        if not isinstance(messages, list) or not messages or not all(_is_message(each) for each in messages):
+            raise ValueError('give a text, or a list of messages [{"role": "user", "content": "…"}, …]')
         return self.generate([self.tokenizer.chat(messages)], params)[0]
 
     def score(self, token_ids: list[int]) -> torch.Tensor:
         """The model's logits after each token of a text: [tokens, vocab], in the model's dtype."""
+        if not isinstance(token_ids, list):
+            raise ValueError(
+                f"score takes a list of token ids, not a {type(token_ids).__name__}: use tokenizer.encode(text)"
+            )
         self._check(token_ids, 0)
         cache = ContiguousCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
-        with one_thread():
+        with one_thread(), self._new_recorder().span(Kind.PREFILL, "score", tokens=len(token_ids)):
             return self.model(Batch((Chunk(0, 0, tuple(token_ids)),)), cache, every_row=True)
 
     def close(self) -> None:
         """Let go of the weights."""
         self.__dict__.pop("model", None)
+
+    def __repr__(self) -> str:
+        return f"LLM({self.folder.name}, layout={str(self.layout)!r}, {self.device.type})"
 
     def __enter__(self) -> LLM:
         return self
@@ -96,23 +105,33 @@ class LLM:
         self.close()
 
     def _run(self, requests: list[Request]) -> Iterator[Piece]:
+        pieces = Engine(self.model, requests, self._new_recorder()).run()
+
+        def one_by_one() -> Iterator[Piece]:
+            while True:
+                with one_thread():
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield piece
+
+        return one_by_one()
+
+    def _new_recorder(self) -> Recorder:
+        """The recorder of a call that begins now; `trace` is its from here on."""
         recorder = Recorder(
             timing=self.timing, model=self.folder.name, layout=str(self.layout), device=self.device.type
         )
         self.trace = recorder.trace
-        pieces = Engine(self.model, requests, recorder).run()
-        while True:
-            with one_thread():
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
+        return recorder
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise ValueError("prompts must be a list: write generate([prompt])")
+        if not hasattr(self, "model"):
+            raise ValueError("this LLM is closed: make a new one with LLM(…)")
         if not prompts:
             raise ValueError("there are no prompts: give a list of at least one")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
@@ -120,6 +139,9 @@ class LLM:
             raise ValueError(
                 f"{len(prompts)} prompts but {len(each)} sampling parameters: give one for all, or one for each"
             )
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise ValueError(f"{one!r} are no sampling parameters: write SamplingParams(max_tokens=…)")
         tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
         now = time.monotonic()
         return [self._request(number, ids, one, now) for number, (ids, one) in enumerate(zip(tokens, each))]
@@ -135,13 +157,15 @@ class LLM:
 
     def _encode(self, prompt: Prompt, number: int) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt) if prompt else []
         elif isinstance(prompt, list) and all(
             isinstance(token, int) and not isinstance(token, bool) for token in prompt
         ):
             ids = prompt
         else:
-            raise ValueError(f"prompt {number} is a {type(prompt).__name__}: give a text, or a list of token ids")
+            raise ValueError(
+                f"prompt {number} is a {type(prompt).__name__}: give a text, or a list of token ids, whole numbers"
+            )
         self._check(ids, number, room_for=1)
         return ids
 
@@ -155,6 +179,10 @@ class LLM:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it"
             )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 @contextmanager

@@ -69,6 +69,7 @@ class Request:
     text: str = ""
     shown: int = 0  # characters of `text` handed out already
     finish_reason: str | None = None
+    _cut: bool = False  # at a stop string
 
     @property
     def length(self) -> int:
@@ -92,6 +93,8 @@ class Request:
                 self.finish_reason = "stop"
             elif self.length >= self.longest:
                 self.finish_reason = "length"
+        if self.finish_reason is not None and not self._cut:
+            self.text += self.decoder.rest(self.text)
         return Piece(self.index, token_id, self._show(), self.finish_reason)
 
     def output(self) -> RequestOutput:
@@ -101,8 +104,8 @@ class Request:
     def _cut_at_stop_text(self) -> bool:
         found = [at for stop in self.params.stop if (at := self.text.find(stop, max(0, self.shown - len(stop)))) >= 0]
         if found:
-            self.text = self.text[: min(found)]
-        return bool(found)
+            self.text, self._cut = self.text[: min(found)], True
+        return self._cut
 
     def _show(self) -> str:
         """New text that no stop string can take back any more."""

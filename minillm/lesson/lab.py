@@ -59,9 +59,16 @@ def main() -> None:
     work = Path("work")
     for line in fill(Path("notebooks"), work):
         print(line)
-    first = sorted(work.glob("*.ipynb"))[0].name
+    first = sorted(Path("notebooks").glob("*.ipynb"))[0].name
     token = os.environ.get("JUPYTER_TOKEN") or secrets.token_hex(24)
-    environment = {**os.environ, "JUPYTER_TOKEN": token, "JUPYTERLAB_SETTINGS_DIR": str(quiet_settings(work).resolve())}
+    own = quiet_settings(work).resolve()  # nothing of the user's other Jupyter: its tabs, its settings, its open doors
+    environment = {
+        **os.environ,
+        "JUPYTER_TOKEN": token,
+        "JUPYTER_CONFIG_DIR": str(own),
+        "JUPYTERLAB_SETTINGS_DIR": str(own),
+        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"),
+    }
     print(
         f"\n    Open this in a browser:\n    http://127.0.0.1:{port}/lab/tree/work/{first}?token={token}\n", flush=True
     )
@@ -76,7 +83,7 @@ def main() -> None:
     command += [
         f"--ServerApp.root_dir={Path.cwd()}",
         f"--LabApp.default_url=/lab/tree/work/{first}",
-        "--log-level=WARN",
+        "--log-level=ERROR",
     ]
     if not has_screen():
         command.append("--no-browser")

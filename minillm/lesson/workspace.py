@@ -34,11 +34,11 @@ def fill(source: Path, target: Path) -> list[str]:
     for lesson in sorted(source.glob("*.ipynb")):
         fresh = _text(lesson)
         mine = target / lesson.name
-        untouched = not mine.exists() or _hash(mine.read_text(encoding="utf-8")) == record.get(lesson.name)
-        if untouched:
+        new = record.get(lesson.name) != _hash(fresh)
+        if not mine.exists() or (new and _hash_of(mine) == record.get(lesson.name)):
             _write(mine, fresh)
             record[lesson.name] = _hash(fresh)
-        elif record.get(lesson.name) != _hash(fresh):
+        elif new:
             told.append(
                 f"{mine.name} has your edits and stays; the course has a newer one (make reset LESSON={mine.name[:2]})"
             )
@@ -47,7 +47,7 @@ def fill(source: Path, target: Path) -> list[str]:
 
 
 def reset(source: Path, target: Path, lesson: str) -> str:
-    """Put one lesson back as the course has it; the learner's goes to a `.bak` file. Raises `ValueError` for no such lesson."""
+    """Put one lesson back as the course has it; the learner's goes to a file beside it. Raises `ValueError` for no such lesson."""
     found = sorted(source.glob(f"{lesson}*.ipynb")) if lesson.replace("_", "").isalnum() else []
     if len(found) != 1:
         names = ", ".join(path.name[:2] for path in sorted(source.glob("*.ipynb")))
@@ -64,7 +64,7 @@ def reset(source: Path, target: Path, lesson: str) -> str:
 
 def _free_name(path: Path) -> Path:
     number = 1
-    while (name := path.with_suffix(f".{number}.bak")).exists():
+    while (name := path.with_name(f"{path.stem}.mine-{number}.ipynb")).exists():
         number += 1
     return name
 
@@ -74,20 +74,31 @@ def _text(lesson: Path) -> str:
 
 
 def _hash(text: str) -> str:
-    """Of the cells' sources alone: running a lesson, or saving it from another editor, is no edit."""
+    """Of what a learner writes in cells: running a lesson, or saving it from another editor, is no edit."""
     try:
-        cells = json.loads(text)["cells"]
-    except (json.JSONDecodeError, KeyError):
+        cells = [
+            [cell["cell_type"], "".join(cell["source"]), cell.get("attachments") or {}]
+            for cell in json.loads(text)["cells"]
+            if "".join(cell["source"]).strip()
+        ]
+    except (ValueError, KeyError, TypeError):
         return "not a notebook"
-    sources = ["".join(cell["source"]) for cell in cells if "".join(cell["source"]).strip()]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        return _hash(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "not a notebook"
 
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _write(path: Path, text: str) -> None:
@@ -103,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     source, target = Path("notebooks"), Path("work")
     try:
-        print(reset(source, target, options.reset) if options.reset else "\n".join(fill(source, target)))
+        print(reset(source, target, options.reset) if options.reset is not None else "\n".join(fill(source, target)))
     except (ValueError, OSError) as error:
         sys.exit(f"minillm: {error}")
 

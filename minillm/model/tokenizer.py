@@ -25,12 +25,21 @@ class Tokenizer:
             self.fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path} cannot be read ({error}); download the checkpoint again") from None
+        self.fast.no_truncation()  # what training stored is no business of a prompt
+        self.fast.no_padding()
         settings = folder / "tokenizer_config.json"
         self._settings = read_json(settings) if settings.exists() else {}
         self.chat_template = self._find_template(folder)
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with the tokens that the checkpoint puts round every text, unless told not to."""
+        """Token ids of a text; with the tokens that the checkpoint puts round every text, unless told not to.
+
+        Raises `ValueError` for a text that is not Unicode (half a surrogate pair).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text holds bytes that are no characters: give it in UTF-8") from None
         return self.fast.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -77,10 +86,17 @@ class TextStream:
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._token_ids: list[int] = []
 
     def step(self, token_id: int) -> str:
         """The text that became certain with this token."""
+        self._token_ids.append(token_id)
         return self._stream.step(self._fast, token_id) or ""
+
+    def rest(self, text: str) -> str:
+        """What the whole text has beyond `text`: a last character that was never completed."""
+        whole = self._fast.decode(self._token_ids, skip_special_tokens=True)
+        return whole[len(text) :] if whole.startswith(text) else ""
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

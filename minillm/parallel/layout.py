@@ -47,6 +47,8 @@ class Layout:
         """Read "tp=2,pp=2"; the empty text is one device. Raises `ValueError` that says what is allowed."""
         if isinstance(text, Layout):
             return text
+        if not isinstance(text, str):
+            raise ValueError(f"layout={text!r}: give a text such as 'tp=2,pp=2', or '' for one device")
         sizes: dict[str, int] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             found = re.fullmatch(r"(\w+)\s*=\s*(\d+)", part)
@@ -85,8 +87,6 @@ class Layout:
             self._refuse("pp", f"{config.layers} layers", config.layers)
         if self.tp > config.heads:
             self._refuse("tp", f"{config.heads} query heads", config.heads)
-        if self.tp > config.kv_heads and self.tp > config.kv_heads * config.group_size:
-            self._refuse("tp", f"{config.kv_heads} KV heads", config.kv_heads)
         if self.tp > config.intermediate_size:
             self._refuse("tp", f"{config.intermediate_size} MLP columns", config.intermediate_size)
         if self.ep > 1:
@@ -95,7 +95,7 @@ class Layout:
             )
 
     def _refuse(self, axis: str, what: str, most: int) -> None:
-        nearest = str(replace(self, **{axis: most}))
+        nearest = str(replace(self, ep=1, **{axis: most}))
         raise ValueError(
             f"layout {str(self)!r}: {axis}={getattr(self, axis)} does not fit {what}; the nearest that fits is {nearest!r}"
         )

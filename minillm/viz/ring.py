@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from html import escape
 from typing import Any
 
 import ipywidgets
@@ -32,9 +33,7 @@ class RingView(ipywidgets.HTML):
         self.value = self._svg(rank)
 
     def _svg(self, lit: int | None) -> str:
-        parts = "".join(
-            self._arrow(rank, rank == lit) + self._circle(rank, rank == lit) for rank in range(self.world_size)
-        )
+        parts = "".join(self._arrow(rank) + self._circle(rank, rank == lit) for rank in range(self.world_size))
         return f'<svg width="{_SIZE}" height="{_SIZE}" role="img" aria-label="ring of ranks" style="background:white">{parts}</svg>'
 
     def _circle(self, rank: int, lit: bool) -> str:
@@ -43,15 +42,17 @@ class RingView(ipywidgets.HTML):
         font = 'text-anchor="middle" font-family="sans-serif"'
         return (
             f'<circle cx="{x:.0f}" cy="{y:.0f}" r="{RADIUS * _SCALE:.0f}" fill="{fill}" stroke="{FAINT}" stroke-width="2"/>'
-            f'<text x="{x:.0f}" y="{y + 6:.0f}" {font} font-size="17" font-weight="bold" fill="{ink}">{self.texts[rank]}</text>'
+            f'<text x="{x:.0f}" y="{y + 6:.0f}" {font} font-size="17" font-weight="bold" fill="{ink}">{escape(self.texts[rank])}</text>'
             f'<text x="{x:.0f}" y="{y - RADIUS * _SCALE - 6:.0f}" {font} font-size="12" fill="{INK}">rank {rank}</text>'
         )
 
-    def _arrow(self, rank: int, lit: bool) -> str:
-        """From a rank to its right neighbour; coloured while the rank holds the number."""
+    def _arrow(self, rank: int) -> str:
+        """From a rank to its right neighbour."""
+        if self.world_size == 1:
+            return ""
         start, end = spot_of(rank, self.world_size), spot_of((rank + 1) % self.world_size, self.world_size)
         (x1, y1), (x2, y2) = map(_pixels, between(start, end))
-        color = COMMUNICATION if lit else FAINT
+        color = FAINT
         head = f'<marker id="head{rank}" orient="auto" markerWidth="8" markerHeight="8" refX="6" refY="3"><path d="M0,0 L7,3 L0,6 z" fill="{color}"/></marker>'
         line = f'<line x1="{x1:.0f}" y1="{y1:.0f}" x2="{x2:.0f}" y2="{y2:.0f}" stroke="{color}" stroke-width="2" marker-end="url(#head{rank})"/>'
         return head + line

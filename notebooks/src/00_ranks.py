@@ -60,7 +60,8 @@ x = torch.full((2,), float(rank), device=device)
 x.tolist()
 
 # %% [markdown]
-# Four different values under one name: four memories. Is one of them here, in the notebook?
+# (Every `%%ranks` cell knows `rank`, `world_size`, `device`, `torch` and `dist` from the start; the notebook's own
+# variables stay here.) Four different values under one name: four memories. Is one of them here, in the notebook?
 
 # %%
 "x" in globals()
@@ -90,7 +91,7 @@ from minillm.viz.ring import RingView
 def go_round():
     here = context()
     left, right = (here.rank - 1) % here.world_size, (here.rank + 1) % here.world_size
-    number = torch.zeros(1, device=here.device)
+    number = torch.zeros(1)
     if here.rank > 0:
         dist.recv(number, src=left)
     number += here.rank
@@ -128,7 +129,7 @@ x.item()
 #
 # A collective is a meeting. It starts when the last rank has come. Let rank 2 stay away.
 #
-# **What will you see?** (a) a wrong sum, (b) an error on rank 2, (c) nothing for ever, (d) an error that names rank 2
+# **What will you see?** (a) a wrong sum, (b) an error on rank 2, (c) nothing, for a long time, (d) an error that names rank 2
 #
 # <details><summary>Think first, then open</summary>In a plain torch program: (c), for up to half an hour, and then a
 # time-out on the ranks that did nothing wrong. Here it is (d): before it waits, every rank notes what for, on a board
@@ -151,8 +152,9 @@ from minillm.viz.waiting import draw_waiting
 show(draw_waiting(ranks.last_error))
 
 # %% [markdown]
-# The ranks are broken now: three of them would wait for ever. They are ended, and the next call starts four new ones.
-# What they held in memory is gone. Is `x` still there?
+# These ranks cannot go on: three of them would wait for ever. So they are ended, and the next call starts four new ones.
+# What they held in memory is gone. Is `x` still there? (The stop button ends ranks in the same way, when a cell of yours
+# runs too long.)
 
 # %%
 # %%ranks
@@ -166,7 +168,7 @@ show(draw_waiting(ranks.last_error))
 
 # %% tags=["raises-exception"]
 # %%ranks
-number = torch.zeros(1, device=device)
+number = torch.zeros(1)
 dist.recv(number, src=(rank - 1) % world_size)
 dist.send(number + rank, dst=(rank + 1) % world_size)
 
@@ -176,8 +178,8 @@ show(draw_waiting(ranks.last_error))
 # %% [markdown]
 # Everyone waits for someone who waits. No rank is wrong by itself; the *order* is. Now repair it.
 #
-# **Your turn (about 6 lines).** Change `my_ring` so that every rank returns the sum of all rank numbers. Use only `send`
-# and `recv`, and let it work for any number of ranks.
+# **Your turn (about 10 lines).** Change `my_ring` so that every rank returns the sum of all rank numbers. Use only `send`
+# and `recv`, and let it work for any number of ranks from two.
 
 # %% tags=["exercise"]
 def my_ring(rank, world_size):
@@ -273,7 +275,7 @@ show(
 )
 
 # %% [markdown]
-# Each blue bar is one token. With more ranks than cores they take turns, so look for the moment when short answers are
+# The orange bar ends with the first token; each blue bar is one more, and the last one says: the answer is over. With more ranks than cores they take turns, so look for the moment when short answers are
 # done: the bars of the others get narrower. And what did it cost?
 
 # %%
@@ -282,7 +284,7 @@ for number, (_, weights, _) in enumerate(answers):
 print(f"together      {sum(weights for _, weights, _ in answers):,} bytes for one and the same model")
 
 # %% [markdown]
-# Four ranks, four full copies. For 135 million parameters, who cares. A model of 70 billion parameters in bfloat16 takes
+# Four ranks, four full copies. For 135 million parameters that hardly matters. A model of 70 billion parameters in bfloat16 takes
 # 140 GB, and no single 80 GB GPU holds it. **The rest of the course is about not doing this**: cutting one model over
 # many ranks, and paying for it with messages.
 #
@@ -299,8 +301,8 @@ print(f"together      {sum(weights for _, weights, _ in answers):,} bytes for on
 ranks.close()
 
 # %% [markdown]
-# > **Out there.** `torchrun --nproc-per-node 4 script.py` and `accelerate launch script.py` start ranks too; in their
-# > processes, `minillm.context()` gives the same rank, world size and device. vLLM and SGLang start one worker process
+# > **Out there.** `torchrun --nproc-per-node 4 script.py` starts ranks too, and so does `accelerate launch --multi_gpu`;
+# > in their processes, `minillm.context()` gives the same rank, world size and device. vLLM and SGLang start one worker process
 # > per GPU in just this way: `--tensor-parallel-size 4` means four ranks.
 # >
 # > **Your devices.** No GPU: four CPU processes, messages by gloo. One GPU: all ranks share it. Four or more: one rank

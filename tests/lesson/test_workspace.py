@@ -63,9 +63,9 @@ def test_reset_keeps_the_old_one(house: tuple[Path, Path]) -> None:
     source, work = house
     fill(source, work)
     (work / "00_ranks.ipynb").write_text(lesson("my own"))
-    assert "yours is in 00_ranks.1.bak" in reset(source, work, "00")
+    assert "yours is in 00_ranks.mine-1.ipynb" in reset(source, work, "00")
     assert text_of(work / "00_ranks.ipynb") == "print(1)"
-    assert text_of(work / "00_ranks.1.bak") == "my own"
+    assert text_of(work / "00_ranks.mine-1.ipynb") == "my own"
     (source / "00_ranks.ipynb").write_text(lesson("print(4)"))
     assert fill(source, work) == []
     assert text_of(work / "00_ranks.ipynb") == "print(4)"
