@@ -59,6 +59,27 @@ def test_edits_survive_and_untouched_lessons_follow(house: tuple[Path, Path]) ->
     assert text_of(mine) == "my own"
 
 
+def test_outputs_stay_while_the_course_does_not_change(house: tuple[Path, Path]) -> None:
+    source, work = house
+    fill(source, work)
+    mine = work / "00_ranks.ipynb"
+    mine.write_text(lesson("print(1)", "my result"))
+    fill(source, work)
+    assert "my result" in mine.read_text()
+
+
+def test_another_kind_of_cell_is_an_edit(house: tuple[Path, Path]) -> None:
+    source, work = house
+    fill(source, work)
+    mine = work / "00_ranks.ipynb"
+    changed = json.loads(mine.read_text())
+    changed["cells"][0]["cell_type"] = "raw"
+    mine.write_text(json.dumps(changed))
+    (source / "00_ranks.ipynb").write_text(lesson("print(2)"))
+    assert "has your edits" in fill(source, work)[0]
+    assert json.loads(mine.read_text())["cells"][0]["cell_type"] == "raw"
+
+
 def test_reset_keeps_the_old_one(house: tuple[Path, Path]) -> None:
     source, work = house
     fill(source, work)

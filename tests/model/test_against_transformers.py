@@ -64,6 +64,11 @@ GRID: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "rope_parameters": {**YARN, "rope_theta": 900.0, "attention_factor": 1.3, "truncate": False},
     },  # fmt: skip
+    "llama, both spellings": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 900.0},
+        "rope_scaling": {**YARN, "rope_theta": 900.0},
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen2, yarn, tied": {"model_type": "qwen2", "rope_scaling": YARN, "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},

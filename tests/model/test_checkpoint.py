@@ -69,6 +69,18 @@ def test_missing_surplus_and_misshapen_tensors(folder: Path) -> None:
     refused(folder, r"model.norm.weight is \[31\], but config.json makes it \[32\]")
 
 
+def test_files_beside_the_model_are_left_alone(folder: Path) -> None:
+    save_file({"adapter": torch.zeros(3)}, folder / "adapter.safetensors")
+    LLM(folder)
+
+
+def test_what_training_stored_in_the_tokenizer_is_not_obeyed(folder: Path) -> None:
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    assert len(LLM(folder).tokenizer.encode("hello")) == 5
+
+
 def test_a_missing_shard(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -88,6 +100,9 @@ def test_a_missing_shard(folder: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn'; it must be an object"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types other than full_attention"),
+        ({"eos_token_id": "2"}, "eos_token_id='2'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),

@@ -131,6 +131,32 @@ def test_draws_follow_the_distribution() -> None:
     assert torch.equal(gumbel_noise(5, 1, 2, 3), gumbel_noise(5, 1, 2, 3))
 
 
+def test_ties_do_not_make_top_k_more() -> None:
+    assert (keep_likely(torch.zeros(5), 1, 1.0) > -torch.inf).sum() == 1
+    assert (keep_likely(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2, 1.0) > -torch.inf).tolist() == [False, True, True, False]
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = torch.tensor([1.0, 50.0, 3.0, 60.0])
+    assert sample(logits, SamplingParams(temperature=1e-38), 1, 2, 3) == 3
+
+
+def test_the_text_is_that_of_all_tokens(llm: LLM) -> None:
+    """Bytes that never become a character are shown at the end, as decoding all tokens at once shows them."""
+    for seed in range(20):
+        output = llm.generate([[7, seed]], SamplingParams(max_tokens=9, temperature=1.5, seed=seed, ignore_eos=True))[0]
+        assert output.text == llm.tokenizer.decode(output.token_ids)
+
+
+def test_trace_is_of_the_last_call(llm: LLM) -> None:
+    first, second = llm.stream([1, 2], SamplingParams(max_tokens=3)), llm.stream([3], SamplingParams(max_tokens=3))
+    next(second)
+    next(first)
+    assert llm.trace.spans[0].tokens == 1
+    llm.score([4, 5, 6])
+    assert [span.tokens for span in llm.trace.spans] == [3]
+
+
 BAD_PARAMS = {
     "max_tokens": [0, -1, 1.5, True], "temperature": [-0.1, float("nan"), float("inf"), "hot"], "top_k": [-1, 2.5], "top_p": [0.0, 1.1, -1.0],
     "seed": [1.5, "x"], "stop": [[""], [3]], "stop_token_ids": [["a"]],
@@ -154,6 +180,7 @@ def test_bad_sampling_parameters(name: str, value: object) -> None:
         ([[1], [2, 10**6]], "prompt 1 holds a token id outside"),
         ([[-1]], "outside 0"),
         ([3], "prompt 0 is a int"),
+        (["\udc80"], "bytes that are no characters"),
         ([[1] * 500], "has 500 tokens, but the model's context leaves room for 63"),
     ],
 )
@@ -171,6 +198,8 @@ def test_bad_prompts(llm: LLM, prompts: object, text: str) -> None:
         ({"layout": "ep=2,dp=2"}, "needs a mixture of experts"),
         ({"layout": "tp=0"}, "tp=0"),
         ({"layout": "tq=2"}, "'tq=2' is not understood"),
+        ({"layout": 4}, "layout=4: give a text"),
+        ({"layout": "tp=8,ep=8"}, "tp=8 does not fit 4 query heads; the nearest that fits is 'tp=4'"),
         ({"device": "tpu"}, "device='tpu' is not known"),
         ({"dtype": "int8"}, "dtype='int8' is not known"),
     ],
@@ -178,6 +207,27 @@ def test_bad_prompts(llm: LLM, prompts: object, text: str) -> None:
 def test_bad_options(llm: LLM, options: dict[str, str], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         LLM(llm.folder, **options)
+
+
+def test_calls_of_the_wrong_kind(llm: LLM) -> None:
+    for call, text in [
+        (lambda: llm.score("text"), "score takes a list of token ids"),
+        (lambda: llm.generate(["a"], 16), "16 are no sampling parameters"),
+        (lambda: llm.chat({"role": "user"}), "give a text, or a list of messages"),
+        (lambda: llm.chat([]), "give a text, or a list of messages"),
+        (lambda: llm.chat("hello"), "this checkpoint has no chat template"),
+        (lambda: LLM(5), "checkpoint=5: give a folder"),
+        (lambda: LLM(""), "checkpoint='': give a folder"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_a_closed_llm_says_so(llm: LLM) -> None:
+    with LLM(llm.folder) as other:
+        pass
+    with pytest.raises(ValueError, match="this LLM is closed"):
+        other.generate(["a"])
 
 
 def test_no_such_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
