@@ -18,8 +18,6 @@ import cloudpickle
 
 from minillm.ranks import board
 from minillm.ranks.diagnosis import (
-    Life,
-    Rank,
     blockers,
     find_disagreement,
     find_fault,
@@ -32,6 +30,7 @@ from minillm.ranks.diagnosis import (
 from minillm.ranks.errors import Fault, RankError, Stopped, Verdict
 from minillm.ranks.places import describe
 from minillm.ranks.process import RankProcess
+from minillm.ranks.state import Life, Rank
 
 POLL_S = 0.05  # how often the boards are looked at while a call runs
 GRACE_S = 1.0  # after the first failure: how long other ranks may take to show where they stand

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from minillm import LLM, Layout
 from minillm.model import embedded
 from minillm.model.checkpoint import Tensors
 from minillm.model.config import parse_config, read_config
+from minillm.model.decoder import Decoder
+from minillm.model.weights import load_weights
 from minillm.parallel.shards import Shard, share
 
 
@@ -148,6 +151,23 @@ def test_ranks_read_their_shard_and_together_everything(
     assert all((count > 0).all() for count in seen.values())
     rows = seen["model.layers.0.self_attn.q_proj.weight"]
     assert (rows == layout.dp).all()  # every query head on exactly one rank of a replica
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_two_loads_its_half(folder: Path, rank: int) -> None:
+    """A decoder of half the heads, columns and vocabulary reads exactly the bytes of its own parameters."""
+    config = read_config(folder)
+    shard = Shard(config, Layout(tp=2), rank)
+    vocabulary = len(share(config.vocab_size, 2, rank))
+    half = replace(config, heads=2, kv_heads=1, intermediate_size=24, vocab_size=vocabulary)
+    model = Decoder(half)
+    cut = lambda name, shape: shard.cut(name, shape) or ()  # noqa: E731
+    bytes_read = load_weights(model, folder, torch.device("cpu"), torch.float32, cut)
+    assert bytes_read == sum(parameter.nbytes for parameter in model.parameters())
+    whole = load_file(folder / "model.safetensors")
+    assert torch.equal(
+        model.layers[1].mlp.down_proj.weight, whole["model.layers.1.mlp.down_proj.weight"].chunk(2, 1)[rank]
+    )
 
 
 @given(st.integers(0, 50), st.integers(1, 12))
