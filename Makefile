@@ -44,7 +44,7 @@ soak: setup-test
 
 # Every benchmark of bench/, raw figures to bench/results
 bench: setup-test
-	@for script in ranks decode; do $(BIN)/python bench/$$script.py; done
+	@for script in ranks decode trace; do $(BIN)/python bench/$$script.py; done
 
 lint: setup-test
 	$(BIN)/ruff check --fix .

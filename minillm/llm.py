@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minillm.engine.engine import Engine
-from minillm.engine.request import Metrics, Piece, Request, RequestOutput
+from minillm.engine.request import Piece, Request, RequestOutput
 from minillm.kv.contiguous import ContiguousCache
 from minillm.model.batch import Batch, Chunk
 from minillm.model.checkpoint import find_checkpoint
@@ -21,8 +22,9 @@ from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
+from minillm.trace.life import Event, Life
 from minillm.trace.recorder import Recorder
-from minillm.trace.trace import Kind, Trace
+from minillm.trace.trace import Kind, Span, Trace
 
 Prompt = str | list[int]
 
@@ -55,6 +57,7 @@ class LLM:
         load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
         self.trace = Trace()
         self.timing = True  # False leaves the clocks out of `trace`; counts stay
+        self.on_span: Callable[[Span], None] | None = None  # called with each step's span as it ends
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -67,6 +70,16 @@ class LLM:
         for _ in self._run(requests):
             pass
         return [request.output() for request in requests]
+
+    def measure_memory(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Trace:
+        """Generate once more, slowly, and return the trace with the peak of every step's activations; `trace` stays."""
+        recorder = self._new_recorder(activations=True)
+        with one_thread():
+            for _ in Engine(self.model, self._requests(prompts, params), recorder).run():
+                pass
+        return recorder.trace
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`."""
@@ -88,7 +101,9 @@ class LLM:
             )
         self._check(token_ids, 0)
         cache = ContiguousCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
-        with one_thread(), self._new_recorder().span(Kind.PREFILL, "score", tokens=len(token_ids)):
+        recorder = self._new_recorder(on_span=self.on_span)
+        self.trace = recorder.trace
+        with one_thread(), recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
             return self.model(Batch((Chunk(0, 0, tuple(token_ids)),)), cache, every_row=True)
 
     def close(self) -> None:
@@ -105,7 +120,9 @@ class LLM:
         self.close()
 
     def _run(self, requests: list[Request]) -> Iterator[Piece]:
-        pieces = Engine(self.model, requests, self._new_recorder()).run()
+        recorder = self._new_recorder(on_span=self.on_span)
+        self.trace = recorder.trace
+        pieces = Engine(self.model, requests, recorder).run()
 
         def one_by_one() -> Iterator[Piece]:
             while True:
@@ -117,13 +134,16 @@ class LLM:
 
         return one_by_one()
 
-    def _new_recorder(self) -> Recorder:
-        """The recorder of a call that begins now; `trace` is its from here on."""
-        recorder = Recorder(
-            timing=self.timing, model=self.folder.name, layout=str(self.layout), device=self.device.type
-        )
-        self.trace = recorder.trace
-        return recorder
+    def _new_recorder(self, **options: Any) -> Recorder:
+        """A recorder that says what runs here, and on what."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        about: dict[str, Any] = {
+            "model": self.folder.name,
+            "dtype": dtype,
+            "layout": str(self.layout),
+            "device": self.device.type,
+        }
+        return Recorder(timing=self.timing, **about, **options)
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
@@ -151,9 +171,9 @@ class LLM:
             frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         )
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        return Request(
-            index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), Metrics(now_s)
-        )
+        life = Life(index, prompt_tokens=len(prompt))
+        life.note(Event.ARRIVED, now_s)
+        return Request(index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), life)
 
     def _encode(self, prompt: Prompt, number: int) -> list[int]:
         if isinstance(prompt, str):

@@ -18,6 +18,8 @@ from minillm.model.batch import Batch, Chunk
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.sampling import sample
+from minillm.trace.allocations import peak_of
+from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Category, Kind
 
@@ -36,6 +38,7 @@ class Engine:
         self.max_running = max_running
         self.slots: dict[int, Request] = {}  # slot of the cache -> request, prefilled or not
         self.cache: ContiguousCache | None = None
+        recorder.trace.lives += [request.life for request in requests]
         recorder.memory(Category.WEIGHTS, sum(parameter.nbytes for parameter in model.parameters()))
 
     def run(self) -> Iterator[Piece]:
@@ -48,8 +51,7 @@ class Engine:
         batch = self.schedule()
         self.recorder.step += 1
         with self._span(batch):
-            logits = self.model(batch, self.cache)
-            tokens = self.sample(batch, logits)
+            tokens = self.compute(batch)
         return self.postprocess(batch, tokens)
 
     def schedule(self) -> Batch:
@@ -58,8 +60,17 @@ class Engine:
             self._admit()
         for slot, request in self.slots.items():
             if not request.token_ids:
+                request.life.note(Event.STARTED, time.monotonic())
                 return Batch((Chunk(slot, 0, tuple(request.prompt)),))
         return Batch(tuple(Chunk(slot, r.length - 1, (r.token_ids[-1],)) for slot, r in self.slots.items()))
+
+    def compute(self, batch: Batch) -> list[int]:
+        """One forward pass and the tokens it gives, in the batch's order."""
+        if not self.recorder.activations:
+            return self.sample(batch, self.model(batch, self.cache))
+        logits, peak = peak_of(lambda: self.model(batch, self.cache), self.model.device)
+        self.recorder.memory(Category.ACTIVATIONS, peak)
+        return self.sample(batch, logits)
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:
         """The next token of every chunk's request."""

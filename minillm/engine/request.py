@@ -6,41 +6,22 @@ from dataclasses import dataclass, field
 
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import TextStream
-
-
-@dataclass
-class Metrics:
-    """Time stamps of one request, in seconds of the monotonic clock, and what follows from them."""
-
-    arrival_s: float
-    token_s: list[float] = field(default_factory=list)
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token: from arrival to the first token."""
-        return self.token_s[0] - self.arrival_s
-
-    @property
-    def e2e_s(self) -> float:
-        """End-to-end latency: from arrival to the last token."""
-        return self.token_s[-1] - self.arrival_s
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per output token after the first: (e2e - TTFT) / (n - 1); 0 for a single token."""
-        return (self.e2e_s - self.ttft_s) / max(1, len(self.token_s) - 1)
+from minillm.trace.life import Event, Life
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a request gave. `finish_reason` is "stop" or "length"; None while it runs. `text` has no special tokens."""
+    """What a request gave. `finish_reason` is "stop" or "length"; None while it runs. `text` has no special tokens.
+
+    `metrics` holds its time stamps, and TTFT, TPOT and the like.
+    """
 
     index: int
     prompt_token_ids: list[int]
     token_ids: list[int]
     text: str
     finish_reason: str | None
-    metrics: Metrics
+    metrics: Life
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ class Request:
     stops: frozenset[int]
     room: int
     decoder: TextStream
-    metrics: Metrics
+    life: Life
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     shown: int = 0  # characters of `text` handed out already
@@ -84,7 +65,7 @@ class Request:
     def append(self, token_id: int, now_s: float) -> Piece:
         """Take the next token; finish the request if it ends here."""
         self.token_ids.append(token_id)
-        self.metrics.token_s.append(now_s)
+        self.life.note(Event.TOKEN, now_s)
         if token_id in self.stops:
             self.finish_reason = "stop"
         else:
@@ -93,13 +74,15 @@ class Request:
                 self.finish_reason = "stop"
             elif self.length >= self.longest:
                 self.finish_reason = "length"
-        if self.finish_reason is not None and not self._cut:
-            self.text += self.decoder.rest(self.text)
+        if self.finish_reason is not None:
+            self.life.note(Event.FINISHED, now_s)
+            if not self._cut:
+                self.text += self.decoder.rest(self.text)
         return Piece(self.index, token_id, self._show(), self.finish_reason)
 
     def output(self) -> RequestOutput:
         """The request as its user sees it."""
-        return RequestOutput(self.index, self.prompt, self.token_ids, self.text, self.finish_reason, self.metrics)
+        return RequestOutput(self.index, self.prompt, self.token_ids, self.text, self.finish_reason, self.life)
 
     def _cut_at_stop_text(self) -> bool:
         found = [at for stop in self.params.stop if (at := self.text.find(stop, max(0, self.shown - len(stop)))) >= 0]

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
 
 
 class Recorder:
-    """Fills a `Trace`. With `timing=False` all times are 0 and no clock is read."""
+    """Fills a `Trace`. With `timing=False` spans and samples have time 0, and no clock is read for them.
 
-    def __init__(self, rank: int = 0, timing: bool = True, **about: Any) -> None:
+    `on_span` is called with each span as it ends, for live views. With `activations=True` the engine also measures the
+    peak of every step's activations, which is slow.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        timing: bool = True,
+        on_span: Callable[[Span], None] | None = None,
+        activations: bool = False,
+        **about: Any,
+    ) -> None:
         self.rank = rank
         self.timing = timing
+        self.on_span = on_span
+        self.activations = activations
         self.trace = Trace(about=about)
         self.step = 0
 
@@ -52,3 +66,5 @@ class _OpenSpan:
             recorder.rank, self._kind, self._name, self._start, end, recorder.step, cpu_s=cpu, **self._figures
         )  # fmt: skip
         recorder.trace.spans.append(span)
+        if recorder.on_span is not None:
+            recorder.on_span(span)

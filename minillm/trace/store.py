@@ -10,9 +10,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from minillm.trace.life import Event, Life
 from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
 
-FORMAT, VERSION = "minillm trace", 1
+FORMAT, VERSION = "minillm trace", 2
 _SPAN = [field.name for field in fields(Span)]
 _SAMPLE = [field.name for field in fields(MemorySample)]
 
@@ -26,6 +27,7 @@ def save_trace(trace: Trace, path: str | Path) -> None:
         "about": trace.about,
         "spans": [_row(span) for span in trace.spans],
         "memory": [_row(sample) for sample in trace.memory],
+        "lives": [_life_row(life) for life in trace.lives],
         "columns": {"spans": _SPAN, "memory": _SAMPLE},
     }
     path = Path(path)
@@ -47,7 +49,8 @@ def load_trace(path: str | Path) -> Trace:
         columns = values["columns"]
         spans = [_span(dict(zip(columns["spans"], row, strict=True))) for row in values["spans"]]
         memory = [_sample(dict(zip(columns["memory"], row, strict=True))) for row in values["memory"]]
-        return Trace(spans, memory, Clock(values["clock"]), values["about"])
+        lives = [_life(row) for row in values["lives"]]
+        return Trace(spans, memory, Clock(values["clock"]), values["about"], lives)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is a damaged trace ({type(error).__name__}: {error}): record it again") from None
 
@@ -71,6 +74,15 @@ def _span(values: dict[str, Any]) -> Span:
 
 def _sample(values: dict[str, Any]) -> MemorySample:
     return MemorySample(**{**values, "category": Category(values["category"])})
+
+
+def _life_row(life: Life) -> list[Any]:
+    return [life.request_id, life.rank, life.prompt_tokens, [[event.value, when] for event, when in life.moments]]
+
+
+def _life(row: list[Any]) -> Life:
+    request_id, rank, prompt_tokens, moments = row
+    return Life(request_id, rank, prompt_tokens, [(Event(what), when) for what, when in moments])
 
 
 def chrome_trace(trace: Trace) -> dict[str, Any]:

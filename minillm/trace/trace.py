@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from minillm.trace.life import Life
+
 
 class Kind(Enum):
     """What a span's time was spent on."""
@@ -80,7 +82,7 @@ class MemorySample:
 
 @dataclass
 class Trace:
-    """The spans and memory samples of one run, in the order in which they were recorded.
+    """The spans and memory samples of one run in the order in which they were recorded, and the lives of its requests.
 
     `about` says what ran: model, layout, device, machine. It is what a picture's caption is made of.
     """
@@ -89,6 +91,7 @@ class Trace:
     memory: list[MemorySample] = field(default_factory=list)
     clock: Clock = Clock.MEASURED
     about: dict[str, Any] = field(default_factory=dict)
+    lives: list[Life] = field(default_factory=list)
 
     @property
     def ranks(self) -> list[int]:
@@ -118,6 +121,7 @@ class Trace:
         """One trace from what each rank recorded for itself: the n-th becomes rank n."""
         spans = [replace(span, rank=rank) for rank, trace in enumerate(traces) for span in trace.spans]
         memory = [replace(sample, rank=rank) for rank, trace in enumerate(traces) for sample in trace.memory]
+        lives = [replace(life, rank=rank) for rank, trace in enumerate(traces) for life in trace.lives]
         about = dict(traces[0].about) if traces else {}
         spans.sort(key=lambda span: span.end_s)
-        return cls(spans, sorted(memory, key=lambda sample: sample.time_s), about=about)
+        return cls(spans, sorted(memory, key=lambda sample: sample.time_s), about=about, lives=lives)

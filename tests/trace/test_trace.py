@@ -19,6 +19,8 @@ from minillm.kv.contiguous import ContiguousCache
 from minillm.model.batch import Batch, Chunk
 from minillm.model.cost import pass_cost
 from minillm.model.linear import Linear
+from minillm.trace.allocations import peak_of
+from minillm.trace.life import Event, Life
 from minillm.trace.recorder import Recorder
 from minillm.trace.store import chrome_trace, load_trace, save_chrome_trace, save_trace
 from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
@@ -29,7 +31,16 @@ SPANS = st.builds(
     st.none() | times, st.integers(0, 99), st.tuples(st.integers(0, 9)), st.integers(0, 2**60),
 )  # fmt: skip
 SAMPLES = st.builds(MemorySample, st.integers(0, 7), st.sampled_from(Category), times, st.integers(0, 2**50))
-TRACES = st.builds(Trace, st.lists(SPANS, max_size=8), st.lists(SAMPLES, max_size=4), st.sampled_from(Clock))
+LIVES = st.builds(
+    Life,
+    st.integers(0, 99),
+    st.integers(0, 7),
+    st.integers(0, 99),
+    st.lists(st.tuples(st.sampled_from(Event), times), max_size=4),
+)
+TRACES = st.builds(
+    Trace, st.lists(SPANS, max_size=8), st.lists(SAMPLES, max_size=4), st.sampled_from(Clock), st.just({"model": "m"}), st.lists(LIVES, max_size=3)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +78,8 @@ def test_chrome_events_keep_the_format(trace: Trace) -> None:
         (b"", "truncated or no trace"),
         (gzip.compress(b'{"format": "minillm trace"')[:-9], "truncated or no trace"),
         (gzip.compress(b"[]"), "is no minillm trace"),
-        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 1"),
-        (gzip.compress(b'{"format": "minillm trace", "version": 1}'), "damaged trace"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 2"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 2}'), "damaged trace"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: bytes | None, text: str) -> None:
@@ -152,3 +163,46 @@ def test_bytes_by_formula(llm: LLM) -> None:
     assert weights < one.products.memory_bytes < weights * 1.1
     assert one.attention.memory_bytes - 10 * llm.config.kv_bytes_per_token == 2 * 4 * 32 * llm.config.layers
     assert torch.float32.itemsize == 4
+
+
+def test_activations_are_measured_to_the_byte(llm: LLM) -> None:
+    """The peak of a known program, and the peaks of an engine's steps in a trace of their own."""
+
+    def job() -> int:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        third = torch.empty(100)
+        return second.numel() + third.numel()
+
+    assert peak_of(job, torch.device("cpu")) == (600, 6000)
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
+    before = llm.trace
+    trace = llm.measure_memory([[7] * 32], SamplingParams(max_tokens=3, ignore_eos=True))
+    peaks = [sample.bytes for sample in trace.memory if sample.category is Category.ACTIVATIONS]
+    assert len(peaks) == 3
+    assert peaks[0] > 4 * 32 * llm.config.intermediate_size * 2 > peaks[1] > 0
+    assert peaks[1] == peaks[2] or abs(peaks[1] - peaks[2]) < 4096
+    assert llm.trace is before
+
+
+def test_lives(llm: LLM, tmp_path: Path) -> None:
+    outputs = llm.generate([[1, 2, 3], [4]], SamplingParams(max_tokens=4, ignore_eos=True))
+    first, second = llm.trace.lives
+    assert [event for event, _ in first.moments] == [Event.ARRIVED, Event.STARTED, *[Event.TOKEN] * 4, Event.FINISHED]
+    assert second.queue_s > first.queue_s  # it waited for the first one's prefill
+    assert sum(first.itl_s) / 3 == pytest.approx(first.tpot_s)
+    assert outputs[1].metrics.ttft_s == second.ttft_s
+    assert (first.prompt_tokens, second.prompt_tokens) == (3, 1)
+    save_trace(llm.trace, tmp_path / "t")
+    assert load_trace(tmp_path / "t") == llm.trace
+    with pytest.raises(ValueError, match="request 7 has not token yet"):
+        Life(7).first(Event.TOKEN)
+
+
+def test_spans_are_told_as_they_end(llm: LLM) -> None:
+    told: list[Span] = []
+    llm.on_span = told.append
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
+    llm.on_span = None
+    assert told == llm.trace.spans
