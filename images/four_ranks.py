@@ -7,8 +7,8 @@ from pathlib import Path
 from minillm import LLM, Ranks, SamplingParams, context
 from minillm.hardware.machine import machine
 from minillm.trace.trace import Trace
-from minillm.viz.lanes import draw_lanes
 from minillm.viz.style import png
+from minillm.viz.timeline import draw_timeline
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -31,7 +31,7 @@ def main() -> None:
         answers = ranks.run(answer, QUESTIONS)
         where = ranks.describe()
     notes = [f"{question}   →   {' '.join(text.split())}" for question, (text, _) in zip(QUESTIONS, answers)]
-    figure = draw_lanes(
+    figure = draw_timeline(
         Trace.of_ranks([trace for _, trace in answers]),
         "Four processes, each with a language model of its own, answer at once",
         f"measured · {where} · SmolLM2-135M float32 · lesson 00",

@@ -6,6 +6,7 @@ Okabe-Ito colours, safe for colour-blind eyes; figures are drawn on white, so th
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -38,6 +39,14 @@ def frame(figure: Figure, finding: str, caption: str) -> Figure:
     figure.suptitle(finding, x=0.0, ha="left", fontsize=12.5, weight="bold", color=INK)
     figure.supxlabel(caption, x=0.0, ha="left", fontsize=8.8, color=FAINT)
     return figure
+
+
+def legend(axis: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """One line of colours and what they mean, above the axes at the right, over nothing."""
+    axis.legend(
+        handles, names, ncols=max(1, len(names)), loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1,
+        frameon=False, fontsize=9.5, handlelength=1.0,
+    )  # fmt: skip
 
 
 def png(figure: Figure) -> bytes:

@@ -263,10 +263,10 @@ for number, (text, _, _) in enumerate(answers):
 
 # %%
 from minillm.trace.trace import Trace
-from minillm.viz.lanes import draw_lanes
+from minillm.viz.timeline import draw_timeline
 
 show(
-    draw_lanes(
+    draw_timeline(
         Trace.of_ranks([trace for _, _, trace in answers]),
         "Four ranks answer at once, each with a whole model of its own",
         f"measured · {ranks.describe()} · SmolLM2-135M float32 · the ranks send each other nothing",

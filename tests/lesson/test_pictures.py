@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
 from minillm import RankError, Ranks
-from minillm.trace.trace import Kind, Span, Trace
-from minillm.viz.lanes import draw_lanes
+from minillm.hardware.devices import DEVICES
+from minillm.model.shapes import SHAPES
+from minillm.trace.life import Event, Life
+from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
+from minillm.viz.live import Timeline
+from minillm.viz.memory import draw_memory
+from minillm.viz.requests import draw_latency, draw_requests
 from minillm.viz.ring import RingView
+from minillm.viz.roofline import draw_roofline, measured_dots
 from minillm.viz.style import png
+from minillm.viz.timeline import draw_timeline, memory_steps
+from minillm.viz.traffic import draw_traffic, traffic_of
 from minillm.viz.waiting import draw_waiting
+from minillm.viz.walk import BATCHES, CONTEXTS, RooflineWalk, decode_cost
+from minillm.viz.widget import InteractivePicture
+from minillm.viz.words import bytes_text, plain
 
 
 def texts(figure) -> str:
@@ -31,14 +46,148 @@ def test_waiting_names_the_culprit_and_every_place(ranks4: Ranks) -> None:
     assert figure.get_suptitle() == "Rank 1 never came; the others wait for it"
 
 
-def test_lanes() -> None:
-    spans = [Span(0, Kind.PREFILL, "prefill", 5.0, 6.0, 8), Span(0, Kind.DECODE, "decode", 6.0, 6.5, 1)]
-    trace = Trace.of_ranks([Trace(spans), Trace(spans[:1])])
-    assert [span.rank for span in trace.spans] == [0, 1, 0]
-    figure = draw_lanes(trace, "A finding", "a caption", ["first", "second"])
+def run_of(ranks: int = 2) -> Trace:
+    """A made-up run: three requests, prefill and decode, messages, waiting, memory."""
+    traces = []
+    for rank in range(ranks):
+        start = 5.0 + 0.01 * rank
+        spans = [
+            Span(
+                rank,
+                Kind.PREFILL,
+                "prefill",
+                start,
+                start + 1,
+                tokens=64,
+                request_ids=(0,),
+                flops=10**9,
+                memory_bytes=10**7,
+            )
+        ]
+        spans += [
+            Span(
+                rank,
+                Kind.DECODE,
+                "decode",
+                start + 1 + n / 10,
+                start + 1.1 + n / 10,
+                request_ids=(0, 1),
+                flops=10**7,
+                memory_bytes=10**7,
+                cpu_s=0.1,
+            )
+            for n in range(4)
+        ]
+        spans += [Span(rank, Kind.COMMUNICATION, "all_reduce", start + 1.4, start + 1.5, message_bytes=2_300_000)]
+        spans += [Span(rank, Kind.WAITING, "wait", start + 1.5, start + 1.6)]
+        memory = [
+            MemorySample(rank, Category.WEIGHTS, 4.0, 10**9),
+            MemorySample(rank, Category.KV_CACHE, start + 1, 2 * 10**8),
+        ]
+        traces.append(
+            Trace(spans, memory, about={"model": "SmolLM2-135M-Instruct-1", "dtype": "float32", "device": "cpu"})
+        )
+    whole = Trace.of_ranks(traces)
+    for number in range(3):
+        life = Life(number, prompt_tokens=64)
+        for event, when in (
+            (Event.ARRIVED, 5.0),
+            (Event.STARTED, 5.1 + number / 10),
+            (Event.TOKEN, 6.0),
+            (Event.TOKEN, 6.1),
+            (Event.FINISHED, 6.1),
+        ):
+            life.note(event, when)
+        whole.lives.append(life)
+    return whole
+
+
+PICTURES: dict[str, Callable[[Trace], Figure]] = {
+    "timeline": lambda trace: draw_timeline(trace, "A finding"),
+    "memory": lambda trace: draw_memory({"one": trace, "two": trace}, "A finding", guess_bytes=5e8),
+    "requests": lambda trace: draw_requests(trace, "A finding"),
+    "latency": lambda trace: draw_latency(trace, "A finding"),
+    "traffic": lambda trace: draw_traffic(trace, "A finding"),
+    "roofline": lambda trace: draw_roofline(DEVICES["T4"], "float32", measured_dots(trace), "A finding", trace=trace),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_say_finding_clock_device_model_and_units(name: str) -> None:
+    figure = PICTURES[name](run_of())
     assert png(figure).startswith(b"\x89PNG")
+    assert figure.get_suptitle() == "A finding"
+    assert figure.get_supxlabel().startswith("measured · CPU, one thread a rank · SmolLM2-135M float32")
+    labels = " ".join(axis.get_xlabel() + axis.get_ylabel() for axis in figure.axes)
+    assert re.search(r"\(s\)|\(MB\)|MB|GB|ms|GFLOP/s", labels), labels
+
+
+def test_timeline_names_lanes_and_shows_the_memory_of_the_fullest_rank() -> None:
+    figure = draw_timeline(run_of(), "A finding", "a caption", ["first", "second"])
     assert "first" in texts(figure)
-    assert figure.axes[0].get_xlabel() == "time (s)"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["rank 0", "rank 1"]
+    assert figure.axes[1].get_ylabel() == "MB on rank 0"
+    assert memory_steps(run_of(), 1)[Category.KV_CACHE][0] == (6.01, 2 * 10**8)
+
+
+@pytest.mark.parametrize("name", ["timeline", "memory", "requests", "latency"])
+def test_an_empty_trace_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match="generate something first"):
+        PICTURES[name](Trace())
+
+
+def test_traffic_counts_calls_and_bytes() -> None:
+    assert traffic_of(run_of()) == {"all_reduce": {0: (1, 2_300_000), 1: (1, 2_300_000)}}
+    assert "2.3 MB in 1 calls" in texts(draw_traffic(run_of(), "A finding"))
+    assert "no messages" in texts(draw_traffic(Trace(run_of().spans[:1]), "A finding"))
+
+
+def test_the_live_timeline_grows_and_ends_as_the_still_one() -> None:
+    run = run_of()
+    view = Timeline(finding="It grows")
+    assert still(view)
+    view.push(run.spans[0])
+    assert view.spans == [[0, "prefill", 0.0, 1.0, view.spans[0][4]]]
+    assert "rank 0 · prefill · 1,000 ms" in view.spans[0][4]
+    view.on_event(1, run.spans[0])
+    view.on_event(1, "no span")
+    view.show(run)
+    assert len(view.spans) == len(run.spans)
+    assert view.lanes == ["rank 0", "rank 1"]
+    assert view.caption.startswith("measured")
+    assert [category for category, _ in view.memory] == ["weights", "KV cache"]
+    assert "sends 2.3 MB" in "".join(row[4] for row in view.spans)
+
+
+def test_the_walk_is_worked_out_from_the_engines_own_formulas() -> None:
+    walk = RooflineWalk()
+    assert still(walk)
+    config, table = SHAPES["Llama-3.1-8B"], walk.models["Llama-3.1-8B"]
+    place = (BATCHES.index(64), CONTEXTS.index(4096))
+    cost = decode_cost(config, 64, 4096, 2)
+    assert table["products"][place[0]] == [cost.products.flops, cost.products.memory_bytes // 2]
+    assert table["attention"][place[0]][place[1]] == [cost.attention.flops, cost.attention.memory_bytes // 2]
+    assert table["weights"] == pytest.approx(8.03e9, rel=1e-3)  # the model's card
+    intensities = {batch: decode_cost(config, batch, 4096, 2) for batch in BATCHES}
+    assert intensities[512].products.intensity > 100 * intensities[1].products.intensity
+    assert intensities[512].attention.intensity == pytest.approx(intensities[1].attention.intensity)
+
+
+def test_shapes_are_the_published_ones() -> None:
+    counts = {name: round(config.parameters / 1e6) for name, config in SHAPES.items()}
+    assert counts == {"SmolLM2-135M": 135, "Llama-2-7B": 6738, "Llama-3.1-8B": 8030, "Llama-3.1-70B": 70554}
+
+
+def test_words() -> None:
+    assert [plain(x) for x in (0, 1234.5, 45.67, 0.07891)] == ["0", "1,234", "45.7", "0.0789"]
+    assert [bytes_text(x) for x in (12, 1500, 134.5e6, 1.6e10)] == ["12 bytes", "1.5 kB", "134 MB", "16 GB"]
+
+
+def still(view: InteractivePicture) -> bool:
+    """Whether a widget stores a PNG and a constant text."""
+    bundle = view._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    return "image/png" in data and data["text/plain"] == f"{type(view).__name__}()"
 
 
 def test_ring_view_lights_up_and_has_a_still_form() -> None:

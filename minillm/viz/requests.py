@@ -1,0 +1,92 @@
+"""The lives of requests, one under the other; and how long each token took to come."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from minillm.trace.life import Event, Life
+from minillm.trace.trace import Trace
+from minillm.viz.style import DECODE, INK, PREFILL, WAITING, frame, legend, new_figure
+from minillm.viz.words import caption_of, plain, time_unit
+
+MOST_ROWS = 40
+
+
+def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Figure:
+    """A bar per request: waiting from its arrival, prefill, then decode with a tick for every token.
+
+    At most 40 requests are drawn, the first to arrive; the caption says so. Raises `ValueError` for a trace without any.
+    """
+    lives = _lives(trace)
+    drawn = lives[:MOST_ROWS]
+    start = min(life.first(Event.ARRIVED) for life in drawn)
+    scale, unit = time_unit(max(life.token_s[-1] for life in drawn) - start)
+    figure, (axis,) = new_figure(1.3 + 0.3 * max(len(drawn), 3))
+    for row, life in enumerate(drawn):
+        _draw_life(axis, row, life, start, scale)
+    axis.set_yticks(range(len(drawn)), [str(life.request_id) for life in drawn])
+    axis.set(xlabel=f"time ({unit})", ylabel="request", ylim=(len(drawn) - 0.4, -0.6), xlim=(0, None))
+    axis.tick_params(axis="y", length=0)
+    handles = [Patch(facecolor=WAITING, hatch="////", edgecolor="white"), Patch(color=PREFILL), Patch(color=DECODE)]
+    names = ["waits", "prefill, up to the first token", "decode, a tick a token"]
+    legend(axis, handles, names)
+    more = f"the first {MOST_ROWS} of {len(lives)} requests" if len(lives) > MOST_ROWS else f"{len(lives)} requests"
+    return frame(figure, finding, caption_of(trace, more) if caption is None else caption)
+
+
+def _draw_life(axis: object, row: int, life: Life, start: float, scale: float) -> None:
+    began, tokens = life.first(Event.STARTED), life.token_s
+    arrived = life.first(Event.ARRIVED)
+    for left, right, colour, hatch in (
+        (arrived, began, WAITING, "////"),
+        (began, tokens[0], PREFILL, None),
+        (tokens[0], tokens[-1], DECODE, None),
+    ):
+        axis.barh(row, (right - left) * scale, left=(left - start) * scale, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)  # type: ignore[attr-defined]  # fmt: skip
+    ticks = [(when - start) * scale for when in tokens]
+    axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)  # type: ignore[attr-defined]
+
+
+def draw_latency(trace: Trace, finding: str, caption: str | None = None) -> Figure:
+    """Milliseconds from token to token, in the order of the tokens: the first bar is TTFT, the others are ITL.
+
+    With several requests a bar is their median, and the line on it reaches to the slowest.
+    """
+    lives = _lives(trace)
+    figure, (axis,) = new_figure(3.4)
+    gaps = [[life.ttft_s, *life.itl_s] for life in lives]
+    longest = max(map(len, gaps))
+    middle = [median(row[place] for row in gaps if len(row) > place) * 1e3 for place in range(longest)]
+    axis.bar(range(1, longest + 1), middle, width=0.8, color=[PREFILL] + [DECODE] * (longest - 1))
+    if len(gaps) > 1:
+        worst = [max(row[place] for row in gaps if len(row) > place) * 1e3 for place in range(longest)]
+        axis.vlines(range(1, longest + 1), middle, worst, color=INK, linewidth=1.2)
+    high = max(max(row) for row in gaps) * 1e3
+    axis.set(
+        xlabel="token of the answer", ylabel="ms since the token before", ylim=(0, high * 1.1), xlim=(0.3, longest + 0.7)
+    )  # fmt: skip
+    axis.text(
+        1.55,
+        middle[0] * 0.95,
+        f"TTFT {plain(middle[0])} ms: prefill, from arrival on",
+        color=INK,
+        va="center",
+        fontsize=9.5,
+    )
+    if longest > 1:
+        tpot = median(life.tpot_s for life in lives if len(life.token_s) > 1) * 1e3
+        axis.text(
+            longest / 2, max(middle[1:]) + 0.05 * high, f"TPOT {plain(tpot)} ms: decode, one step a token", color=INK, fontsize=9.5
+        )  # fmt: skip
+    return frame(figure, finding, caption_of(trace) if caption is None else caption)
+
+
+def _lives(trace: Trace) -> list[Life]:
+    """The lives that got a token, by arrival."""
+    lives = sorted((life for life in trace.lives if life.token_s), key=lambda life: life.first(Event.ARRIVED))
+    if not lives:
+        raise ValueError("this trace has no request that got a token: generate something first")
+    return lives
