@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext minillm`: the `%%ranks` cell magic."""
+    """`%load_ext minillm`: the `%%ranks` and `%%exercise` cell magics."""
     from minillm.lesson.magics import register
 
     register(shell)

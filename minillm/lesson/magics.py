@@ -1,9 +1,11 @@
-"""`%%ranks`: run a notebook cell on every rank.
+"""`%%ranks`: run a notebook cell on every rank. `%%exercise`: hand in a cell as an attempt at an exercise.
 
 %load_ext minillm
 %%ranks            # on the Ranks in the variable `ranks`; four are made if there is none
 %%ranks pair       # on the Ranks in the variable `pair`
 %%ranks --stream   # lines appear as they are printed, not in rank order at the end
+%%exercise 00.total          # judged in a process of its own; what it does wrong cannot hurt the notebook
+%%exercise 00.total --here   # on toy ranks in the notebook's own process, so that breakpoint() stops in it
 """
 
 from __future__ import annotations
@@ -11,6 +13,10 @@ from __future__ import annotations
 import ast
 from itertools import count
 from typing import Any
+
+from minillm.lesson.desk import Desk
+from minillm.ranks.pool import Ranks
+from minillm.viz.style import show
 
 _cells = count(1)
 
@@ -20,8 +26,6 @@ def register(shell: Any) -> None:
 
     def ranks(line: str, cell: str) -> Any:
         """Run this cell on every rank; its value is the list of what each rank's last line gave."""
-        from minillm.ranks.pool import Ranks
-
         words = line.split()
         stream = "--stream" in words
         names = [word for word in words if word != "--stream"] or ["ranks"]
@@ -41,4 +45,19 @@ def register(shell: Any) -> None:
         results = pool.run_cell("\n" + cell, filename, stream=stream)  # the magic's own line counts, as in the notebook
         return results if any(result is not None for result in results) else None
 
+    desk = Desk(shell.user_ns)
+
+    def exercise(line: str, cell: str) -> None:
+        """Hand in this cell; prints the verdict and shows the run. The function it defines is there afterwards."""
+        words = line.split()
+        here = "--here" in words
+        names = [word for word in words if word != "--here"]
+        if len(names) != 1:
+            raise ValueError(f"%%exercise {line}: name one exercise, such as %%exercise 00.total")
+        said, figure = desk.submit(names[0], cell, here)
+        print(said)
+        if figure is not None:
+            show(figure)
+
+    shell.register_magic_function(exercise, magic_kind="cell", magic_name="exercise")
     shell.register_magic_function(ranks, magic_kind="cell", magic_name="ranks")

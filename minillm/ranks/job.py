@@ -48,10 +48,11 @@ class Job:
         on_event: Callable[[int, Any], None] | None = None,
         stream: bool = False,
         limit_s: float | None = None,
+        starting: bool = False,
     ) -> None:
         self.processes = processes
         self.timeout_s = timeout_s
-        self.on_event, self.stream, self.limit_s = on_event, stream, limit_s
+        self.on_event, self.stream, self.limit_s, self.starting = on_event, stream, limit_s, starting
         views = [board.read(process.board) for process in self.processes]
         self.since = [view.written for view in views]  # notices of earlier calls do not count
         self.ranks = [Rank(n, Life.RUNNING, view) for n, view in enumerate(views)]
@@ -194,11 +195,16 @@ class Job:
         return Verdict(Fault.RAISED, [rank.number for rank in raised], text, places=places)
 
     def _too_slow(self, now: float) -> Verdict | None:
-        """The ranks do not get ready."""
+        """The ranks do not get ready, or the call takes longer than its caller allows."""
         if self.limit_s is None or now - self.started < self.limit_s:
             return None
-        late = [rank.number for rank in self.ranks if rank.life is Life.RUNNING]
-        text = f"the ranks were not ready within {self.limit_s:g} s"
+        running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
+        late = [rank.number for rank in running]
+        if self.starting:
+            text = f"the ranks were not ready within {self.limit_s:g} s"
+        else:
+            self._ask_where(running)
+            text = f"the call was ended after {self.limit_s:g} s, its limit"
         return Verdict(Fault.LATE, late, text, places={rank.number: rank.describe() for rank in self.ranks})
 
     def _late(self, now: float) -> Verdict | None:
@@ -226,7 +232,7 @@ class Job:
         """
         asked_at, before = self.inside
         limit = self.timeout_s
-        if self.limit_s is not None or now - asked_at < limit or any(rank.waits is not None for rank in self.ranks):
+        if self.starting or now - asked_at < limit or any(rank.waits is not None for rank in self.ranks):
             return None
         running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
         self._ask_where(running)

@@ -60,6 +60,13 @@ def _own(spots: list[Spot]) -> list[Spot]:
     return [spot for spot in spots if not spot[0].startswith(LIBRARY)] or spots[-1:]
 
 
+def line_of_error(error: BaseException) -> str:
+    """The line of the user's own code in which an error came up; "" when there is none."""
+    spots = spots_of_traceback(error.__traceback__)
+    cells = [spot for spot in spots if is_cell(spot[0])]
+    return describe(*(cells or spots)[-1]) if spots else ""
+
+
 def cell_sources(filenames: set[str]) -> dict[str, str]:
     """The text of the cells among these files, so that another process can quote their lines."""
     return {name: "".join(linecache.getlines(name)) for name in filenames if is_cell(name)}

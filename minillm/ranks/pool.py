@@ -67,12 +67,14 @@ class Ranks:
         *args: Any,
         on_event: Callable[[int, Any], None] | None = None,
         stream: bool = False,
+        limit_s: float | None = None,
         **kwargs: Any,
     ) -> list[Any]:
         """Run `fn(*args, **kwargs)` on every rank; returns what each returned, in rank order.
 
         `fn` may be defined in a cell. Lines that the ranks print appear in rank order when the call ends, or at once
         with `stream=True`. `on_event(rank, event)` gets what a rank sends with `context().emit(event)`, while it runs.
+        A call that takes longer than `limit_s` is ended, even when no rank waits for another.
         Raises `RankError` when a rank fails or the ranks cannot go on, and `KeyboardInterrupt` when stopped.
         """
         if not callable(fn):
@@ -80,7 +82,7 @@ class Ranks:
         payload = cloudpickle.dumps((fn, args, kwargs))
         code = getattr(fn, "__code__", None)
         sources = cell_sources({code.co_filename} if code else set())
-        return self._call(("call", payload, sources), on_event, stream)
+        return self._call(("call", payload, sources), on_event, stream, limit_s)
 
     def run_cell(self, source: str, filename: str = "<ranks cell>", stream: bool = False) -> list[Any]:
         """Run source text on every rank, in a namespace that persists there; returns each one's last expression.
@@ -136,12 +138,18 @@ class Ranks:
         for rank in range(self.world_size):
             seat = Seat(rank, self.world_size, self.backend, port, self._generation, self.threads, environment)
             self._processes.append(start_rank(seat))
-        Job(self._processes, self.timeout_s, limit_s=START_TIMEOUT_S).finish()
+        Job(self._processes, self.timeout_s, limit_s=START_TIMEOUT_S, starting=True).finish()
 
-    def _call(self, message: tuple[Any, ...], on_event: Callable[[int, Any], None] | None, stream: bool) -> list[Any]:
+    def _call(
+        self,
+        message: tuple[Any, ...],
+        on_event: Callable[[int, Any], None] | None,
+        stream: bool,
+        limit_s: float | None = None,
+    ) -> list[Any]:
         with self._alone():
             self._start()
-            job = Job(self._processes, self.timeout_s, on_event, stream)
+            job = Job(self._processes, self.timeout_s, on_event, stream, limit_s)
             job.send(message)
             return job.finish()
 

@@ -332,3 +332,21 @@ def test_the_same_context_under_launchers(tmp_path, launcher: list[str]) -> None
     )
     done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=120)
     assert sorted(done.stdout.split("\n")) == ["", "0/2 4.0", "1/2 4.0"], done.stderr
+
+
+def test_a_call_has_a_limit_if_its_caller_wants_one(ranks2: Ranks) -> None:
+    """Ranks that compute for ever and wait for nobody are ended, and the error says where they stood."""
+
+    def endless() -> None:
+        while True:
+            pass
+
+    ranks2.start()
+    pids = ranks2.pids
+    began = time.monotonic()
+    with pytest.raises(RankError, match="the call was ended after 0.5 s, its limit") as caught:
+        ranks2.run(endless, limit_s=0.5)
+    assert time.monotonic() - began < 5
+    assert "while True" in str(caught.value) or "pass" in str(caught.value)
+    assert gone(pids)
+    assert ranks2.run(total, limit_s=30) == [1.0, 1.0]

@@ -1,0 +1,85 @@
+"""Where an exercise is worked on in a notebook: `%%exercise NAME`, its verdict and picture, hints, and the solution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from minillm.lesson.exercise import Exercise, Verdict, define
+from minillm.lesson.grading import find_exercise, judge, try_here
+from minillm.viz.difference import draw_difference
+from minillm.viz.messages import draw_messages
+
+
+class Desk:
+    """Takes attempts, counts failures, and gives the notebook a function that works: the learner's, or the reference.
+
+    Failures are counted per exercise, for hints after the first and the third; running the untouched frame is none.
+    """
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        self.namespace = namespace
+        self.failures: dict[str, int] = {}
+
+    def submit(self, name: str, source: str, here: bool = False) -> tuple[str, Figure | None]:
+        """Judge a cell; returns what to say and what to draw. With `here`, on toy ranks in this process, for a debugger.
+
+        Raises `ValueError` for an exercise that there is not.
+        """
+        exercise = find_exercise(name)
+        if here:
+            verdict = self._try_here(exercise, source)
+        else:
+            verdict = judge(exercise, source)
+        mine = define(exercise, source, f"<exercise {name}>") if verdict.solved else None
+        self.namespace[exercise.function] = mine or define(exercise, exercise.solution, f"<solution {name}>")
+        return self._words(exercise, verdict, source), picture_of(exercise, verdict)
+
+    def _try_here(self, exercise: Exercise, source: str) -> Verdict:
+        try:
+            return try_here(exercise, define(exercise, source, f"<exercise {exercise.name}>"))
+        except ValueError as error:
+            return Verdict(False, str(error))
+
+    def _words(self, exercise: Exercise, verdict: Verdict, source: str) -> str:
+        if verdict.solved:
+            return f"solved: {verdict.text}"
+        lines = [f"not solved yet. {verdict.text}"]
+        if source.strip() != exercise.starter.strip():
+            failures = self.failures[exercise.name] = self.failures.get(exercise.name, 0) + 1
+            lines += [f"hint: {hint}" for after, hint in zip((1, 3), exercise.hints) if failures >= after]
+        lines.append(
+            f'(about {exercise.minutes} minutes; solution("{exercise.name}") shows one. The lesson goes on with it.)'
+        )
+        return "\n".join(lines)
+
+
+def picture_of(exercise: Exercise, verdict: Verdict) -> Figure | None:
+    """The learner's own run: its messages, or the tensor in which something is wrong."""
+    outcome = verdict.outcome
+    if outcome is None:
+        return None
+    if outcome.toy is not None:
+        finding = "Your messages arrive" if verdict.solved else f"Your run with {len(outcome.outputs)} ranks"
+        if outcome.toy.waits:
+            all_wait = len(outcome.toy.waits) == len(outcome.outputs)
+            finding = "Nobody can go on: " + ("each waits for another" if all_wait else "the others have returned")
+        return draw_messages(outcome.toy, finding, verdict.expected)
+    if verdict.wrong is not None and verdict.wrong[1]:
+        number, index = verdict.wrong
+        where = exercise.place(number)
+        return draw_difference(
+            verdict.expected[number],
+            outcome.outputs[number],
+            index,
+            f"Your result of {where}" if where else "Your result",
+        )
+    return None
+
+
+def solution(name: str) -> Any:
+    """Show a solution of an exercise; any time. Raises `ValueError` for an exercise that there is not."""
+    from IPython.display import Code
+
+    return Code(find_exercise(name).solution, language="python")

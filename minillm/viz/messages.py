@@ -1,0 +1,60 @@
+"""Who sent what to whom, and who waited in vain: a run on the toy communicator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+
+from minillm.ranks.toy import ToyRun
+from minillm.viz.style import COMMUNICATION, CULPRIT, FAINT, INK, WAITING, frame, new_figure
+from minillm.viz.words import bytes_text, plain
+
+
+def draw_messages(run: ToyRun, finding: str, expected: list[Any] | None = None) -> Figure:
+    """A lane per rank, an arrow per message; at the right what each rank returned, or what it waits for.
+
+    With `expected` a wrong result stands in vermilion beside the right one.
+    """
+    size = len(run.results)
+    figure, (axis,) = new_figure(1.1 + 0.52 * size)
+    end = max([message.received_at for message in run.messages], default=0) + 1.5
+    for rank in range(size):
+        axis.plot([0, end], [rank, rank], color=FAINT, linewidth=1.2, zorder=1)
+        if rank in run.waits:
+            mine = [message.received_at for message in run.messages if rank in (message.source, message.target)]
+            since = max(mine, default=0) + 0.5
+            axis.barh(rank, end - since, left=since, height=0.42, color=WAITING, hatch="////", edgecolor="white", linewidth=0, zorder=2)  # fmt: skip
+        text, colour = _ending(run, rank, expected)
+        axis.text(end * 1.015, rank, text, va="center", color=colour, fontsize=10)
+    for message in run.messages:
+        axis.add_patch(
+            FancyArrowPatch(
+                (message.sent_at, message.source), (message.received_at, message.target), arrowstyle="-|>",
+                mutation_scale=15, linewidth=1.8, color=COMMUNICATION, shrinkA=0, shrinkB=0, zorder=3,
+            )
+        )  # fmt: skip
+    axis.set(xlim=(0, end * 1.55), ylim=(size - 0.5, -0.6), xticks=[])
+    axis.set_yticks(range(size), [f"rank {rank}" for rank in range(size)])
+    axis.tick_params(axis="y", length=0)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_visible(False)
+    count = len(run.messages)
+    said = f"your run on toy ranks · time goes to the right · {count} messages, {bytes_text(run.bytes)}"
+    return frame(figure, finding, said)
+
+
+def _ending(run: ToyRun, rank: int, expected: list[Any] | None) -> tuple[str, str]:
+    """What stands at the end of a lane."""
+    if rank in run.waits:
+        return run.waits[rank].split(" (line")[0], INK
+    if rank in run.errors:
+        return run.errors[rank].split(":")[0], CULPRIT
+    if rank in run.endless:
+        return "does not come to an end", CULPRIT
+    got = run.results[rank]
+    shown = plain(got) if isinstance(got, (int, float)) else str(got)[:16]
+    if expected is None or got == expected[rank]:
+        return f"returns {shown}", INK
+    return f"returns {shown}, expected {plain(expected[rank])}", CULPRIT

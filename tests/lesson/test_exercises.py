@@ -1,0 +1,202 @@
+"""Exercises: frames fail, solutions pass, wrong ones get one screen that names place, expected and got; nothing hangs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
+
+from minillm import context
+from minillm.lesson.desk import Desk, solution
+from minillm.lesson.exercise import first_difference
+from minillm.lesson.grading import all_exercises, judge
+from minillm.ranks.toy import run_toy
+from minillm.viz.style import png
+
+EXERCISES = all_exercises()
+SCREEN_LINES, SCREEN_COLUMNS = 12, 200
+
+TOTAL, TELL, SHIFT, CACHE = (EXERCISES[name].solution for name in ("00.total", "00.tell", "00.shift", "01.kv_cache"))
+THREE_TIMES = "\n    for _ in range(2):\n        comm.all_reduce(torch.zeros(comm.size))"
+WRONG = {
+    # a missing message, off by one, more bytes than the target
+    "00.shift, missing": ("00.shift", SHIFT.replace("if comm.rank != 0:", "if comm.rank > 1:"), ["2 ranks with 10, 20", "rank 0 waits for", "rank 1 has returned"]),
+    "00.shift, off by one": ("00.shift", SHIFT.replace("[number]", "[number + 1]"), ["rank 0: expected 20, got 21"]),
+    "00.shift, 3 x": ("00.shift", SHIFT.replace("    return", "    comm.all_gather(torch.zeros(1))\n    comm.barrier()\n    return"), ["the target is 8", "× as much"]),
+    "00.tell, missing": ("00.tell", TELL.replace("if comm.rank > 0:", "if comm.rank > 1:"), ["rank 0 waits for rank 1 to receive", "rank 1 has returned"]),
+    "00.tell, off by one": ("00.tell", TELL.replace("return held.item()", "return held.item() + comm.rank"), ["rank 1: expected 10, got 11"]),
+    "00.tell, 3 x": ("00.tell", TELL.replace("held = ", "held = comm.broadcast(torch.tensor([number])); comm.broadcast(held); held = "), ["took 12 bytes of messages; the target is 4, 3.0× as much"]),
+    "00.total, missing": ("00.total", TOTAL.replace("if comm.rank != last - 1:", "if False:"), ["rank 0 waits to receive from rank 1", "rank 1 has returned"]),
+    "00.total, off by one": ("00.total", TOTAL.replace("held += number", "held += number + 1"), ["rank 0: expected 30, got 32"]),
+    "00.total, 3 x": ("00.total", "def total(comm, number):\n    for _ in range(3):\n        held = comm.all_reduce(torch.tensor([float(number)]))\n    return held.item()", ["took 24 bytes of messages; the target is 8, 3.0× as much"]),
+    "01.kv_bytes, V forgotten": ("01.kv_bytes", EXERCISES["01.kv_bytes"].solution.replace("return 2 *", "return"), ["expected 16, got 8"]),
+    "01.kv_bytes, all heads": ("01.kv_bytes", EXERCISES["01.kv_bytes"].solution.replace("* kv_heads", "* 3 * kv_heads"), ["expected 16, got 48"]),
+    "01.kv_bytes, off by one": ("01.kv_bytes", EXERCISES["01.kv_bytes"].solution.replace("* tokens", "* (tokens + 1)"), ["expected 16, got 32"]),
+    "01.enough_batch, factor": ("01.enough_batch", EXERCISES["01.enough_batch"].solution.replace("(2 *", "(1 *"), ["expected 6, got 12"]),
+    "01.enough_batch, off by one": ("01.enough_batch", EXERCISES["01.enough_batch"].solution.replace(")\n", ") - 1\n"), ["expected 6, got 5"]),
+    "01.enough_batch, down": ("01.enough_batch", EXERCISES["01.enough_batch"].solution.replace("ceil", "floor"), ["an A100", "expected 154, got 153"]),
+    "01.kv_cache, nothing kept": ("01.kv_cache", CACHE.replace('torch.cat((cache["k"], k)) if cache else k', "k").replace('torch.cat((cache["v"], v)) if "v" in cache else v', "v"), ["call 1 at [0]: expected -0.874", "got"]),
+    "01.kv_cache, off by one": ("01.kv_cache", CACHE.replace('cache["k"].T /', 'cache["k"].roll(1, 0).T /'), ["call 1 at [0]: expected -0.874", "got"]),
+    "01.kv_cache, 3 x": ("01.kv_cache", CACHE.replace("q, k, v = project(new)", "project(new); project(new)\n    q, k, v = project(new)"), ["took 6 projected rows; the target is 2, 3.0× as much"]),
+}  # fmt: skip
+
+
+def attempt(name: str, source: str) -> str:
+    """What a learner sees, and that it takes one screen and less than 10 s."""
+    desk, began = Desk({}), time.monotonic()
+    said, figure = desk.submit(name, source)
+    assert time.monotonic() - began < 10
+    assert len(said.splitlines()) <= SCREEN_LINES
+    assert all(len(line) <= SCREEN_COLUMNS for line in said.splitlines())
+    if figure is not None:
+        assert png(figure).startswith(b"\x89PNG")
+    assert callable(desk.namespace[EXERCISES[name].function])  # the lesson goes on
+    return said
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_frame_is_not_solved_and_the_solution_is(name: str) -> None:
+    assert attempt(name, EXERCISES[name].starter).startswith("not solved yet. ")
+    assert "hint" not in attempt(name, EXERCISES[name].starter)  # nothing was tried
+    assert attempt(name, EXERCISES[name].solution).startswith("solved: right in ")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_attempt_is_told_one_fact(case: str) -> None:
+    name, source, texts = WRONG[case]
+    assert source != EXERCISES[name].solution
+    said = attempt(name, source)
+    assert said.startswith("not solved yet. ")
+    for text in texts:
+        assert text in said, said
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("def total(comm, number)\n    return 1", "line 1: expected ':': def total(comm, number)"),
+        ("", "does not define total"),
+        ("x = 1", "does not define total"),
+        ("def total(comm, number):\n    while True:\n        pass", "rank 0 did not come to an end and was stopped; it stood at line "),
+        ("def total(comm, number):\n    if comm.rank == 1:\n        while True:\n            pass\n    return 30.0", "rank 1 did not come to an end"),
+        ("while True:\n    pass", "did not come to an end within 8 s and was stopped; it stood at line "),
+        ("def total(comm, number):\n    return missing", "NameError: name 'missing' is not defined (line 2: return missing); the cell runs by itself"),
+        ("def total(comm, number):\n    comm.send(torch.zeros(1), to=comm.rank)", "to=0: rank 0 cannot exchange messages with itself"),
+        ("def total(comm, number):\n    comm.send(torch.zeros(1), to=9)", "to=9: there are ranks 0 to 1"),
+        ("import os\ndef total(comm, number):\n    os._exit(3)", "the cell's process ended: rank 0 died: exited with status 3"),
+        ("raise RuntimeError('oh')", "the cell fails: RuntimeError: oh"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_graded_says_why(source: str, text: str) -> None:
+    assert text in attempt("00.total", source)
+
+
+def test_hints_come_after_the_first_and_the_third_failure() -> None:
+    desk, exercise = Desk({}), EXERCISES["01.kv_bytes"]
+    wrong = exercise.solution.replace("2 *", "3 *")
+    told = [desk.submit(exercise.name, wrong)[0].count("hint: ") for _ in range(3)]
+    assert told == [1, 1, 2]
+    assert exercise.solution in solution(exercise.name).data
+
+
+def test_the_reference_steps_in_and_ones_own_solution_stays() -> None:
+    desk = Desk({})
+    desk.submit("01.kv_bytes", EXERCISES["01.kv_bytes"].starter)
+    assert desk.namespace["kv_bytes"](1, 1, 1, 1, 1, 1) == 2
+    own = "def kv_bytes(*numbers):\n    return 2 * math.prod(numbers)"
+    assert desk.submit("01.kv_bytes", own)[0].startswith("solved")
+    assert desk.namespace["kv_bytes"].__code__.co_varnames == ("numbers",)
+
+
+def test_the_magic(capsys: pytest.CaptureFixture[str]) -> None:
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "minillm")
+    shell.run_cell_magic("exercise", "01.kv_bytes", EXERCISES["01.kv_bytes"].solution)
+    shell.run_cell_magic("exercise", "00.tell --here", EXERCISES["00.tell"].solution)
+    shell.run_cell_magic("exercise", "00.tell", "def tell(comm, number:\n")
+    shown = capsys.readouterr().out
+    assert shown.count("solved: ") == 2
+    assert "not solved yet. line 1: '(' was never closed" in shown
+    with pytest.raises(ValueError, match="there is no exercise '00.nothing'; there are 00.shift"):
+        shell.run_cell_magic("exercise", "00.nothing", "x")
+    with pytest.raises(ValueError, match="name one exercise"):
+        shell.run_cell_magic("exercise", "", "x")
+
+
+def test_here_a_debugger_can_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --here the learner's code runs in this process: a breakpoint is reached, in every rank in turn."""
+    stops: list[int] = []
+    monkeypatch.setattr("builtins.breakpoint", lambda: stops.append(1))
+    source = EXERCISES["00.tell"].solution.replace("held = ", "breakpoint(); held = ")
+    assert Desk({}).submit("00.tell", source, here=True)[0].startswith("solved")
+    assert len(stops) >= 2 + 3 + 4
+
+
+def test_right_on_the_toy_alone_is_not_solved() -> None:
+    """A function that works only on toy ranks is caught by the real ones."""
+    source = "def tell(comm, number):\n    toy = type(comm).__name__ == 'ToyComm'\n" + TELL.split("\n", 1)[1].replace(
+        "return held.item()", "return held.item() if toy else 0.0"
+    )
+    assert (
+        "right on the toy, but on real ranks, rank 0: expected 10.0, got 0.0"
+        in judge(EXERCISES["00.tell"], source).text
+    )
+
+
+def program(comm, script: list[tuple[int, int]]) -> list[float]:
+    """Send and receive along a script of (source, target), the same on the toy and on real ranks."""
+    seen = []
+    for number, (source, target) in enumerate(script):
+        if comm.rank == source:
+            comm.send(torch.tensor([float(number)]), to=target)
+        elif comm.rank == target:
+            held = torch.zeros(1)
+            comm.recv(held, source=source)
+            seen.append(held.item())
+    comm.barrier()
+    return [
+        *seen,
+        comm.all_reduce(torch.tensor([float(comm.rank)])).item(),
+        *comm.all_gather(torch.tensor([comm.rank])).tolist(),
+    ]
+
+
+pairs = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda pair: pair[0] != pair[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(script=st.lists(pairs, max_size=12))
+def test_toy_ranks_do_what_real_ranks_do(ranks4, script: list[tuple[int, int]]) -> None:
+    toy = run_toy(program, [script] * 4)
+    assert toy.ended
+    assert toy.results == ranks4.run(lambda: program(context().comm(), script))
+
+
+@settings(max_examples=200, deadline=None)
+@given(script=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["send", "recv"]), st.integers(0, 2)), max_size=8))
+def test_a_toy_run_always_ends(script: list[tuple[int, str, int]]) -> None:
+    """Whatever ranks do, the run ends by itself: with results, or with who waits for whom."""
+
+    def job(comm, _) -> None:
+        for rank, what, other in script:
+            if rank == comm.rank and other != rank:
+                tensor = torch.zeros(1)
+                comm.send(tensor, to=other) if what == "send" else comm.recv(tensor, source=other)
+
+    toy = run_toy(job, [None] * 3, limit_s=5.0)
+    assert not toy.endless
+    assert not toy.errors
+    assert set(toy.waits) == set(toy.waits_for)
+    again = run_toy(job, [None] * 3, limit_s=5.0)
+    assert (again.messages, again.waits) == (toy.messages, toy.waits)
+
+
+def test_first_difference() -> None:
+    assert first_difference([1, 2.0], [1.0, 2]) is None
+    assert first_difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 3.0])]) == (0, (1,), 2.0, 3.0)
+    assert first_difference([torch.zeros(2)], [None]) == (0, (), "a tensor [2]", "None")
+    assert first_difference([1, 2], [1]) == (1, (), 2, None)
