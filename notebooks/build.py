@@ -1,7 +1,7 @@
 """Run lessons from their sources and store them with outputs: `python notebooks/build.py [00 …]`.
 
-Sources are `src/NN_name.py` (py:percent); what is stored beside this file is the same lesson with its outputs, free of
-times, ids and machine names, so that running an unchanged lesson changes little. `--check` compares without running.
+Sources are `src/NN_name.py` (py:percent); what is stored beside this file is the same lesson with its outputs, and in
+`solved/` once more with the solutions of its exercises; both free of times, ids and machine names, so that running an unchanged lesson changes little. `--check` compares without running.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+
+from minillm.lesson.grading import all_exercises
 
 HERE = Path(__file__).resolve().parent
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -37,38 +39,60 @@ def read_source(source: Path) -> Any:
     return notebook
 
 
-def run(source: Path) -> Path:
-    """Execute a lesson and store it; returns the stored file."""
-    notebook = read_source(source)
-    NotebookClient(
-        notebook, timeout=120, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": HERE}}
-    ).execute()
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
-    target = HERE / f"{source.stem}.ipynb"
-    nbformat.write(notebook, target)
-    return target
+def solved(notebook: Any) -> Any:
+    """The same lesson with every exercise's cell holding its solution."""
+    exercises = all_exercises()
+    for cell in notebook.cells:
+        if "exercise" in cell.metadata.get("tags", []):
+            first, _ = cell.source.split("\n", 1)
+            cell.source = f"{first}\n{exercises[first.split()[1]].solution.rstrip()}"
+    return notebook
+
+
+def run(source: Path) -> list[Path]:
+    """Execute a lesson, and its solved variant, and store both; returns the stored files."""
+    notebook, variant = read_source(source), solved(read_source(source))
+    for each in (notebook, variant):
+        NotebookClient(
+            each, timeout=120, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": HERE}}
+        ).execute()
+        each.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    for cell in variant.cells:  # pictures are in the lesson itself
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("image/png", None)
+    targets = [HERE / f"{source.stem}.ipynb", HERE / "solved" / f"{source.stem}.ipynb"]
+    targets[1].parent.mkdir(exist_ok=True)
+    for each, target in zip((notebook, variant), targets):
+        nbformat.write(each, target)
+    return targets
 
 
 def problems(source: Path) -> list[str]:
-    """What is wrong with a stored lesson: not in step with its source, not run, too large."""
-    stored = HERE / f"{source.stem}.ipynb"
+    """What is wrong with a stored lesson and its solved variant: not in step with the source, not run, too large."""
+    fresh = {
+        HERE / f"{source.stem}.ipynb": read_source(source),
+        HERE / "solved" / f"{source.stem}.ipynb": solved(read_source(source)),
+    }
+    return [text for stored, notebook in fresh.items() for text in _problems(stored, notebook, source)]
+
+
+def _problems(stored: Path, fresh: Any, source: Path) -> list[str]:
+    name = stored.relative_to(HERE).as_posix()
     if not stored.exists():
-        return [f"{stored.name} is missing: run make notebooks"]
-    notebook, fresh = nbformat.read(stored, as_version=4), read_source(source)
+        return [f"{name} is missing: run make notebooks"]
+    notebook = nbformat.read(stored, as_version=4)
     found = []
     if _content(notebook) != _content(fresh):
-        found.append(
-            f"{stored.name} is not in step with src/{source.name}: run make notebooks LESSON={source.name[:2]}"
-        )
+        found.append(f"{name} is not in step with src/{source.name}: run make notebooks LESSON={source.name[:2]}")
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.execution_count is None:
-            found.append(f"{stored.name}: a cell was not run: {cell.source[:50]!r}")
+            found.append(f"{name}: a cell was not run: {cell.source[:50]!r}")
     if "widgets" in notebook.metadata:
-        found.append(f"{stored.name}: widget state is stored; GitHub refuses such files")
+        found.append(f"{name}: widget state is stored; GitHub refuses such files")
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
-        found.append(f"{stored.name}: no kernelspec; JupyterLab would ask for one")
+        found.append(f"{name}: no kernelspec; JupyterLab would ask for one")
     if stored.stat().st_size > MAX_BYTES:
-        found.append(f"{stored.name}: {stored.stat().st_size:,} bytes; at most {MAX_BYTES:,}")
+        found.append(f"{name}: {stored.stat().st_size:,} bytes; at most {MAX_BYTES:,}")
     return found
 
 
@@ -86,7 +110,7 @@ def main() -> None:
         sys.exit("\n".join(found) if found else 0)
     for source in sources(options.lessons):
         began = time.monotonic()
-        print(f"{run(source).name}: {time.monotonic() - began:.1f} s")
+        print(f"{run(source)[0].name} and its solved variant: {time.monotonic() - began:.1f} s")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ class Source:
         return "\n".join([f"{self.path}, line {self.first_line}", *numbered])
 
     def _repr_html_(self) -> str:
-        style = HtmlFormatter(linenos="table", linenostart=self.first_line, noclasses=True)
+        plain_text = "margin:2px 0;text-align:left;white-space:pre;overflow-x:auto;line-height:1.35"
+        style = HtmlFormatter(
+            linenos="inline", linenostart=self.first_line, noclasses=True, nobackground=True, prestyles=plain_text
+        )
         code = highlight(self.text, PythonLexer(), style)
         link = f'<a href="../{escape(self.path)}" target="_blank">{escape(self.path)}</a>, line {self.first_line}'
         return f'<div style="background:white;color:#3b3b3b;padding:4px 8px;font-size:13px">{link}{code}</div>'

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from minillm.trace.life import Event, Life
 from minillm.trace.trace import Trace
-from minillm.viz.style import DECODE, INK, PREFILL, WAITING, frame, legend, new_figure
+from minillm.viz.style import DECODE, GUESS, INK, PREFILL, WAITING, frame, legend, new_figure
 from minillm.viz.words import caption_of, plain, time_unit
 
 MOST_ROWS = 40
@@ -50,10 +50,11 @@ def _draw_life(axis: object, row: int, life: Life, start: float, scale: float) -
     axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)  # type: ignore[attr-defined]
 
 
-def draw_latency(trace: Trace, finding: str, caption: str | None = None) -> Figure:
+def draw_latency(trace: Trace, finding: str, caption: str | None = None, guess_times: float | None = None) -> Figure:
     """Milliseconds from token to token, in the order of the tokens: the first bar is TTFT, the others are ITL.
 
-    With several requests a bar is their median, and the line on it reaches to the slowest.
+    With several requests a bar is their median, and the line on it reaches to the slowest. `guess_times`, how many
+    times TPOT the learner expected TTFT to be, is drawn as a dashed mark on the first bar.
     """
     lives = _lives(trace)
     figure, (axis,) = new_figure(3.4)
@@ -81,6 +82,10 @@ def draw_latency(trace: Trace, finding: str, caption: str | None = None) -> Figu
         axis.text(
             longest / 2, max(middle[1:]) + 0.05 * high, f"TPOT {plain(tpot)} ms: decode, one step a token", color=INK, fontsize=9.5
         )  # fmt: skip
+    if guess_times is not None and longest > 1:
+        level = min(guess_times * median(middle[1:]), high * 1.1)
+        axis.hlines(level, 0.3, 3.5, color=GUESS, linestyle="--", linewidth=1.8)
+        axis.text(3.6, level, f"your guess {plain(guess_times)} ×", color=GUESS, va="center", fontsize=9.5)
     return frame(figure, finding, caption_of(trace) if caption is None else caption)
 
 

@@ -78,9 +78,8 @@ def draw_roofline(
     )  # fmt: skip
     plain_log(axis)
     _name_slope(axis, device, low, ridge, unit)
-    axis.text(
-        ridge, floor / unit * 1.15, f"  from {plain(ridge)} on, computing is the limit", color=FAINT, fontsize=9.5
-    )
+    ridge_text = f"ridge: {plain(ridge)} operations per byte"
+    axis.text(ridge, peak / unit * 1.12, ridge_text, ha="right", color=FAINT, fontsize=9.5)
     said = caption_of(trace, f"roof: {device.name}") if trace is not None else f"roof: {device.name}, {device.source}"
     return frame(figure, finding, said if caption is None else caption)
 

@@ -23,6 +23,7 @@ from minillm.viz.widget import InteractivePicture, script
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 STILL = "Llama-3.1-8B"
+QUESTION = "One decode step on the roof: which dot does a larger batch lift?"
 FINDING = "A larger batch lifts the products with weights; it never lifts attention"
 
 
@@ -54,6 +55,7 @@ class RooflineWalk(InteractivePicture):
     models: Any = traitlets.Dict().tag(sync=True)
     batches: Any = traitlets.List(BATCHES).tag(sync=True)
     contexts: Any = traitlets.List(CONTEXTS).tag(sync=True)
+    question = traitlets.Unicode(QUESTION).tag(sync=True)  # the title until the batch has been at its end
     finding = traitlets.Unicode(FINDING).tag(sync=True)
 
     def __init__(self, here: Device | None = None, models: Mapping[str, ModelConfig] | None = None) -> None:

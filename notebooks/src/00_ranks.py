@@ -16,7 +16,7 @@
 #
 # **Four processes run one program. What does each of them know, and what happens when they disagree?**
 #
-# 30 minutes · needs nothing but this machine · comes before every other lesson
+# 45 minutes, exercises included · needs nothing but this machine · comes before every other lesson
 #
 # | term | 中文 | in one line |
 # |---|---|---|
@@ -73,10 +73,13 @@ x.tolist()
 # ## Send one tensor round a ring
 #
 # Rank 0 starts with 0. Each rank receives the number from its left neighbour, adds its own number, and sends it on to
-# the right. Before you run the cell: **which number comes back to rank 0?**
-#
-# <details><summary>Check your answer</summary>0 + 1 + 2 + 3 = 6. Nobody ever saw all four numbers, and yet the sum
-# is right.</details>
+# the right. Guess before you run it: make a choice, and fix it.
+
+# %%
+from minillm.lesson.predict import Predict
+
+ring_guess = Predict("00.ring", "Which number comes back to rank 0?", choices=("0", "3", "4", "6"))
+ring_guess
 
 # %%
 import time
@@ -106,16 +109,22 @@ def go_round():
 
 ring = RingView(4)
 display(ring)
-ranks.run(go_round, on_event=ring.on_event)
+held = ranks.run(go_round, on_event=ring.on_event)
+
+# %%
+ring_guess.reveal(3, "0 + 1 + 2 + 3 = 6. Nobody ever saw all four numbers, and yet the sum is right.")
 
 # %% [markdown]
 # `ranks.run(function)` sends a function to every rank and returns what each returned, in rank order. A **send** needs a
-# matching **recv**: rank 0 must send *before* it receives, or the number would never start.
-#
+# matching **recv**: rank 0 must send *before* it receives, or the number would never start. What does each rank hold now?
+
+# %%
+held
+
+# %% [markdown]
 # ## The same with a collective
 #
-# The list shows what each rank held last: rank 3 completed the sum and rank 0 got it back, but ranks 1 and 2 know only a
-# part. When *every* rank needs the sum, one line does it. `all_reduce` adds the tensors of all ranks and leaves the
+# Rank 3 completed the sum and rank 0 got it back, but ranks 1 and 2 know only a part. When *every* rank needs the sum, one line does it. `all_reduce` adds the tensors of all ranks and leaves the
 # result on each. All ranks must call it.
 
 # %%
@@ -129,11 +138,17 @@ x.item()
 #
 # A collective is a meeting. It starts when the last rank has come. Let rank 2 stay away.
 #
-# **What will you see?** (a) a wrong sum, (b) an error on rank 2, (c) nothing, for a long time, (d) an error that names rank 2
-#
-# <details><summary>Think first, then open</summary>In a plain torch program: (c), for up to half an hour, and then a
-# time-out on the ranks that did nothing wrong. Here it is (d): before it waits, every rank notes what for, on a board
-# that the notebook can read.</details>
+# %%
+stay_away = Predict(
+    "00.stay_away", "Rank 2 stays away from the all_reduce. What will you see?",
+    choices=(
+        "a sum without rank 2's number",
+        "an error on rank 2",
+        "nothing, for a long time",
+        "an error that names rank 2",
+    ),
+)
+stay_away
 
 # %% tags=["raises-exception"]
 # %%ranks
@@ -141,8 +156,15 @@ x = torch.full((1,), float(rank), device=device)
 if rank != 2:
     dist.all_reduce(x)
 
+# %%
+stay_away.reveal(
+    3,
+    "In a plain torch program you would see nothing for up to half an hour, then a time-out on ranks "
+    "that did nothing wrong. Here every rank notes on a board, before it waits, what it waits for.",
+)
+
 # %% [markdown]
-# Read it from the top: who is to blame, then where each rank stood. The ranks that wait are not the ones that made the
+# Read the error from the top: who is to blame, then where each rank stood. The ranks that wait are not the ones that made the
 # mistake: 0, 1 and 3 are in the meeting, rank 2 has gone home. The same error as a picture:
 
 # %%
@@ -176,61 +198,97 @@ dist.send(number + rank, dst=(rank + 1) % world_size)
 show(draw_waiting(ranks.last_error))
 
 # %% [markdown]
-# Everyone waits for someone who waits. No rank is wrong by itself; the *order* is. Now repair it.
+# Everyone waits for someone who waits. No rank is wrong by itself; the *order* is.
 #
-# **Your turn (about 10 lines).** Change `my_ring` so that every rank returns the sum of all rank numbers. Use only `send`
-# and `recv`, and let it work for any number of ranks from two.
-
-# %% tags=["exercise"]
-def my_ring(rank, world_size):
-    number = torch.zeros(1)
-    dist.recv(number, src=(rank - 1) % world_size)
-    dist.send(number + rank, dst=(rank + 1) % world_size)
-    return number.item()
-
+# ## What if
+#
+# This picture draws an all-reduce as the messages it could be made of: everything goes to rank 0, the sum comes back.
+# (They run on *toy ranks*: threads of this notebook that take turns.) Take more ranks. Then let one stay away, and see
+# how far the others get.
 
 # %%
-from minillm import RankError
+from minillm.ranks.toy import run_toy
+from minillm.viz.messages import draw_messages
+from minillm.viz.whatif import WhatIf
 
 
-def check_ring(function):
-    for size in (2, 3, 4):
-        with Ranks(size, timeout_s=2) as some:
-            try:
-                results = some.run(lambda: function(context().rank, context().world_size))
-            except RankError as error:
-                return f"not solved yet, with {size} ranks: {str(error).splitlines()[0]}"
-        expected = [float(sum(range(size)))] * size
-        if results != expected:
-            return f"not solved yet, with {size} ranks: expected {expected}, got {results}"
-    return "solved: it works for 2, 3 and 4 ranks"
+def meeting(ranks, who_stays_away):
+    def job(comm, number):
+        if f"rank {comm.rank}" == who_stays_away:
+            return number
+        return comm.all_reduce(torch.tensor([number])).item()
+
+    run = run_toy(job, [float(rank) for rank in range(ranks)])
+    if run.ended:
+        return draw_messages(run, "Two messages for every rank but the first")
+    return draw_messages(run, "One stays away, and nobody gets the sum of all")
 
 
-print(check_ring(my_ring))
+WhatIf(
+    meeting, "An all-reduce as messages: how many, and what if one rank stays away?",
+    ranks=[4, 5, 6, 7, 8, 2, 3], who_stays_away=["nobody", "rank 0", "rank 1", "rank 2", "rank 3"],
+)
 
 # %% [markdown]
-# <details><summary>Hint</summary>One rank must send first. Let rank 0 do it. One trip round the ring makes the sum; a
-# second trip tells it to everyone.</details>
+# Rank 0 has the most work, and the others wait for it in turn. Lesson 06 has a fairer way. What the engine itself calls
+# is this. Find the two lines that *publish* before they wait:
+
+# %% tags=["nbval-ignore-output"]
+from minillm.lesson.source import show_source
+
+show_source("ranks.comm.Comm._run")
+
+# %% [markdown]
+# ## Your turn
 #
-# <details><summary>A solution</summary>
+# Change a frame and run its cell. You see your messages, and one fact about the smallest case that fails: first on toy
+# ranks, where a `send` returns only when the other side receives, then on real ones. The cell runs in a process of its
+# own, so nothing you write can hurt this notebook. `solution("00.shift")` shows a way, any time.
 #
-# ```python
-# def my_ring(rank, world_size):
-#     left, right = (rank - 1) % world_size, (rank + 1) % world_size
-#     number = torch.zeros(1)
-#     for trip in range(2):  # first trip: add; second trip: tell
-#         if rank > 0:
-#             dist.recv(number, src=left)
-#         if trip == 0:
-#             number += rank
-#         if trip == 0 or rank < world_size - 1:
-#             dist.send(number, dst=right)
-#         if rank == 0 and trip == 0:
-#             dist.recv(number, src=left)
-#     return number.item()
-# ```
-# </details>
-#
+# **Shift** (about 5 minutes). Every rank gives its number to the right. In which order?
+
+# %% tags=["exercise"]
+# %%exercise 00.shift
+def shift(comm, number):
+    """Give your number to the right neighbour; return the left neighbour's."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    received = torch.zeros(1)
+    comm.send(torch.tensor([number]), to=right)
+    comm.recv(received, source=left)
+    return received.item()
+
+# %% [markdown]
+# **Tell** (about 10 minutes). Rank 0's number for everybody: a *broadcast* by hand.
+
+# %% tags=["exercise"]
+# %%exercise 00.tell
+def tell(comm, number):
+    """Rank 0's number, on every rank, with send and recv alone: a broadcast."""
+    held = torch.tensor([number])
+    # FILL IN (about 5 lines)
+    return held.item()
+
+# %% [markdown]
+# **Total** (about 25 minutes). The ring that never starts, from above. Repair it, so that *every* rank returns the sum,
+# with 2 (n - 1) messages for n ranks.
+
+# %% tags=["exercise"]
+# %%exercise 00.total
+def total(comm, number):
+    """The sum of all ranks' numbers, on every rank, with send and recv alone."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    held = torch.zeros(1)
+    comm.recv(held, source=left)
+    held += number
+    comm.send(held, to=right)
+    return held.item()
+
+# %%
+from minillm.lesson.desk import solution
+
+solution("00.shift")
+
+# %% [markdown]
 # ## Four ranks, four questions, one real model each
 #
 # Now something worth several processes. Every rank loads a language model, SmolLM2 with 135 million parameters, and

@@ -12,10 +12,14 @@ from typing import Any
 import nbformat
 import pytest
 
+from minillm.lesson.grading import all_exercises
+from minillm.lesson.source import show_source
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("*.ipynb"))
+STORED = [*LESSONS, *sorted((NOTEBOOKS / "solved").glob("*.ipynb"))]
 _PATH = re.compile(r"(?<![\w./])/(root|home|work|tmp|Users|var|opt)/")
-MOST_WORDS = 1500
+MOST_WORDS, WIDEST = 1500, 105
 
 
 def load_build() -> ModuleType:
@@ -43,7 +47,7 @@ def test_every_stored_lesson_has_a_source() -> None:
     assert [path.stem for path in LESSONS] == [path.stem for path in build.sources([])]
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_outputs_name_no_machine(path: Path) -> None:
     for cell in read(path).cells:
         outputs = [{k: v for k, v in out.items() if k != "metadata"} for out in cell.get("outputs", [])]
@@ -52,7 +56,7 @@ def test_outputs_name_no_machine(path: Path) -> None:
         assert not re.search(r"pid[ =]\d|port[ =]\d|0x[0-9a-f]{6}", text), cell.source[:60]
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_errors_are_expected_ones(path: Path) -> None:
     for cell in read(path).cells:
         failed = any(out.output_type == "error" for out in cell.get("outputs", []))
@@ -65,18 +69,53 @@ def test_a_lesson_is_not_too_long(path: Path) -> None:
     assert words <= MOST_WORDS
 
 
-def test_lesson_00_exercise() -> None:
-    """The starter is not solved; the solution that the lesson offers is."""
-    cells = read(NOTEBOOKS / "00_ranks.ipynb").cells
-    check = next(cell.source for cell in cells if "def check_ring" in cell.source).replace(
-        "print(check_ring(my_ring))", ""
-    )
-    solution = next(
-        match[1] for cell in cells if (match := re.search(r"```python\n(def my_ring.*?)```", cell.source, re.S))
-    )
-    starter = next(cell.source for cell in cells if "exercise" in cell.metadata.get("tags", []))
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec("import torch\nimport torch.distributed as dist\nfrom minillm import Ranks, context\n" + check, names)
-    for text, expected in ((starter, "not solved yet, with 2 ranks: deadlock"), (solution, "solved")):
-        exec(text, names)
-        assert names["check_ring"](names["my_ring"]).startswith(expected)
+def cells_with(path: Path, tag: str) -> list[Any]:
+    return [cell for cell in read(path).cells if tag in cell.metadata.get("tags", [])]
+
+
+def test_frames_in_lessons_are_those_of_the_exercises() -> None:
+    """Every exercise stands in its lesson, in the order of effort, with the frame that its tests know."""
+    shown = {}
+    for path in LESSONS:
+        for cell in cells_with(path, "exercise"):
+            first, frame = cell.source.split("\n", 1)
+            shown[first.removeprefix("%%exercise ")] = frame.strip()
+    exercises = all_exercises()
+    assert list(shown) == list(exercises)
+    assert shown == {name: exercise.starter.strip() for name, exercise in exercises.items()}
+    assert [exercise.minutes for exercise in exercises.values()] == [5, 10, 25] * len(LESSONS)
+
+
+@pytest.mark.parametrize("path", sorted((NOTEBOOKS / "solved").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_exercise_of_a_solved_lesson_is_solved(path: Path) -> None:
+    cells = cells_with(path, "exercise")
+    assert len(cells) == 3
+    assert all(cell.outputs[0].text.startswith("solved: ") for cell in cells)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_source_shown_is_the_present_source(path: Path) -> None:
+    """Line numbers may have moved since the lesson was stored; the code may not. Every symbol shown exists."""
+    shown = 0
+    for cell in read(path).cells:
+        for symbol in re.findall(r'show_source\("([^"]+)"\)', cell.source) if cell.cell_type == "code" else ():
+            stored = next(out.data["text/plain"] for out in cell.outputs if "data" in out)
+            assert [line[6:] for line in stored.splitlines()[1:]] == [
+                line[6:] for line in repr(show_source(symbol)).splitlines()[1:]
+            ], symbol
+            shown += 1
+    assert shown >= 1
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_keeps_to_the_template(path: Path) -> None:
+    """At least one guess that comes back, one thing to move, movement early, code that fits the page."""
+    cells = read(path).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    asked = set(re.findall(r"^(\w+) = Predict\(", "\n".join(code), re.M))
+    assert asked == set(re.findall(r"^(\w+)\.reveal\(", "\n".join(code), re.M)) != set()
+    assert any("WhatIf(" in text or "RooflineWalk(" in text for text in code)
+    assert [line for text in code for line in text.splitlines() if len(line) > WIDEST] == []
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert "中文" in prose
+    assert "**Next:**" in cells[-1].source

@@ -145,8 +145,9 @@ KV_CACHE = Exercise(
 def last_output(x, cache, project):
     """Attention of the last token of x [tokens, dim] to all tokens: [dim].
 
-    Called once for the prompt, then once for every further token; x then has one row more. `cache` is a dict, empty at
-    first, that stays the same from call to call. `project(rows)` gives q, k, v [rows, dim] and is what costs time.
+    Called once for the prompt, then once for every further token; x then has one row more. `cache` is
+    a dict, empty at first, that stays the same from call to call. `project(rows)` gives q, k, v
+    [rows, dim] and is what costs time.
     """
     q, k, v = project(x)
     weights = torch.softmax(q[-1] @ k.T / math.sqrt(q.shape[1]), dim=-1)

@@ -3,7 +3,7 @@
 const W = 900, H = 400, L = 84, R = 250, T = 16, B = 48;
 
 function render({ model, el }) {
-  const { box } = card(el, model.get("finding"));
+  const { box, title } = card(el, model.get("question"));
   const bar = element("div", { display: "flex", flexWrap: "wrap", gap: "8px 22px", alignItems: "center", margin: "4px 0 6px" }, box);
   const picker = (label, names, chosen) => {
     const line = element("label", {}, bar, `${label} `);
@@ -19,7 +19,11 @@ function render({ model, el }) {
     Object.assign(range, { type: "range", min: 0, max: values.length - 1, step: 1, value: chosen, className: `minillm-${key}` });
     const shown = element("b", { width: "56px" }, line);
     const tell = () => { shown.textContent = plain(values[+range.value]); };
-    range.addEventListener("input", () => { tell(); draw(); });
+    range.addEventListener("input", () => {
+      tell();
+      if (key === "batch" && +range.value === values.length - 1) title.textContent = model.get("finding"); // seen by now
+      draw();
+    });
     tell();
     return range;
   };

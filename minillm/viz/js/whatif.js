@@ -1,0 +1,44 @@
+// Controls, and a picture that the kernel draws again when one of them moves. While it draws, later moves wait for it:
+// only the last one is sent.
+
+function render({ model, el }) {
+  const { box, title } = card(el, model.get("question"));
+  const bar = element("div", { display: "flex", flexWrap: "wrap", gap: "6px 22px", marginBottom: "6px" }, box);
+  const image = element("img", { maxWidth: "100%", display: "block" }, box);
+  image.alt = model.get("question");
+  const problem = element("div", { color: LOOK.culprit, fontWeight: "bold" }, box);
+  const values = { ...model.get("values") };
+  let busy = false, again = false;
+
+  function send() {
+    if (busy) { again = true; return; }
+    busy = true;
+    model.set("values", { ...values });
+    model.save_changes();
+  }
+  for (const [name, choices] of Object.entries(model.get("controls"))) {
+    const line = element("label", { display: "flex", alignItems: "center", gap: "6px" }, bar, name);
+    const numbers = choices.every((choice) => typeof choice === "number");
+    if (numbers) {
+      const range = element("input", { width: "150px" }, line);
+      Object.assign(range, { type: "range", min: 0, max: choices.length - 1, step: 1, value: choices.indexOf(values[name]) });
+      const shown = element("b", { minWidth: "40px" }, line, plain(values[name]));
+      range.addEventListener("input", () => { values[name] = choices[+range.value]; shown.textContent = plain(values[name]); send(); });
+    } else {
+      const select = element("select", { font: "inherit" }, line);
+      choices.forEach((choice) => element("option", {}, select, String(choice)));
+      select.selectedIndex = choices.indexOf(values[name]);
+      select.addEventListener("change", () => { values[name] = choices[select.selectedIndex]; send(); });
+    }
+  }
+  function draw() {
+    title.textContent = model.get("question");
+    image.src = `data:image/png;base64,${model.get("picture")}`;
+    problem.textContent = model.get("problem");
+    busy = false;
+    if (again) { again = false; send(); }
+  }
+  model.on("change:drawn", draw);
+  draw();
+}
+export default { render };
