@@ -1,0 +1,169 @@
+"""The lessons in a real browser, as `make lab` opens them: run whole, a guess made, a control moved, the picture changes.
+
+Needs Debian's Chromium (or another build of it) and playwright; skipped where there is none. Screenshots stay in
+`screenshots/` of the repository, for people to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install -r requirements-test.txt")
+
+ROOT = Path(__file__).parents[2]
+SHOTS = ROOT / "screenshots"
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+ALL_RUN = r"""() => {
+  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map((each) => each.innerText);
+  return prompts.length > 15 && prompts.every((text) => /\[[0-9]+\]/.test(text));
+}"""
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """JupyterLab as `make lab` starts it, on a fresh working copy; its address, token included."""
+    home = tmp_path_factory.mktemp("course")
+    shutil.copytree(ROOT / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns("src", "solved"))
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    command = [sys.executable, "-m", "minillm.lesson.lab"]
+    process = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
+        _wait_for(address)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def _wait_for(address: str) -> None:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(address.split("/lab")[0] + "/api", timeout=2)
+            return
+        except OSError:
+            assert time.monotonic() < end, "JupyterLab did not start"
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+def open_lesson(browser: Any, lab: str, name: str) -> Any:
+    """The page of a lesson, with a kernel ready and every cell on it (a tall window: JupyterLab draws only what is seen)."""
+    page = browser.new_page(viewport={"width": 1280, "height": 12500})
+    page.set_default_timeout(60_000)
+    page.broken = []
+    page.on("pageerror", lambda error: page.broken.append(str(error)))
+    page.goto(re.sub(r"work/[^?]*", f"work/{name}", lab) + "&reset")
+    page.wait_for_selector(".jp-Notebook")
+    page.wait_for_function("document.querySelector('#jp-main-statusbar')?.innerText.includes('Idle')")
+    page.wait_for_timeout(1000)
+    return page
+
+
+def run_all(page: Any, lesson: str) -> None:
+    page.screenshot(path=SHOTS / f"{lesson}-opened.png")
+    page.locator("text=Run >> nth=0").click()
+    page.locator("[data-command='runmenu:run-all']").click()
+    page.wait_for_function(ALL_RUN, timeout=120_000)
+    page.wait_for_timeout(1000)
+    page.screenshot(path=SHOTS / f"{lesson}-run.png")
+
+
+def redrawn_within(page: Any, read: str, before: str) -> float:
+    """Seconds until what `read` gives differs from `before`."""
+    began = time.monotonic()
+    page.wait_for_function(f"(before) => ({read}) !== before", arg=before, timeout=5000)
+    return time.monotonic() - began
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shots() -> None:
+    SHOTS.mkdir(exist_ok=True)
+
+
+def test_lesson_00(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "00_ranks.ipynb")
+    assert page.locator(".jp-OutputArea-output").count() == 0  # a fresh working copy gives nothing away
+    run_all(page, "00")
+    asked = page.locator(".minillm-card", has_text="Rank 2 stays away")
+    assert "No." not in asked.first.inner_text()  # Run All showed nothing early
+    asked.first.locator("button", has_text="nothing, for a long time").click()
+    asked.first.locator("button", has_text="That is my guess").click()
+    assert "No. It is (d) an error that names rank 2" in asked.last.inner_text()
+    picture = page.locator(".minillm-card", has_text="An all-reduce as messages")
+    read = "[...document.querySelectorAll('.minillm-card')].find((e) => e.innerText.includes('all-reduce as messages')).querySelector('img').src"
+    before = page.evaluate(read)
+    picture.locator("input[type=range]").focus()
+    page.keyboard.press("End")
+    print(f"redrawn in {redrawn_within(page, read, before):.2f} s")
+    before = page.evaluate(read)
+    picture.locator("select").select_option("rank 2")
+    redrawn_within(page, read, before)
+    page.screenshot(path=SHOTS / "00-moved.png")
+    assert page.broken == []
+    page.close()
+
+
+def test_lesson_01(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "01_one_device.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "01")
+    ask = page.locator(".minillm-card", has_text="How many times longer than one later token")
+    assert ask.count() == 2
+    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
+    axis = ask.first.locator(".minillm-guess-axis")
+    area = axis.bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.6, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert re.search(r"Measured: [\d.]+ ×\. You said \d+", ask.last.inner_text())
+    assert ask.last.locator("img").is_visible()
+    assert ask.first.locator("img").count() == 0  # the picture stands where the measurement was made
+    walk = page.locator(".minillm-card", has_text="One decode step on the roof")
+    words = "document.querySelector('.minillm-words').innerText"
+    circles = "[...document.querySelectorAll('.minillm-card svg circle')].map((e) => e.getAttribute('cx')).join()"
+    walk.locator("select").first.select_option("H200")
+    walk.locator("select").last.select_option("Llama-3.1-8B")
+    before, at_first = page.evaluate(circles), page.evaluate(words)
+    page.locator(".minillm-batch").focus()
+    page.keyboard.press("End")
+    print(f"redrawn in {redrawn_within(page, circles, before):.2f} s")
+    assert "computing" in page.evaluate(words)  # it flips: products no longer wait for memory
+    assert "memory" in at_first
+    page.locator(".minillm-context").focus()
+    page.keyboard.press("End")
+    assert "do NOT fit" in page.evaluate(words)
+    page.locator(".minillm-batch").focus()
+    page.keyboard.press("Home")
+    line = page.locator(".minillm-card", has_text="One wide step reads the prompt")
+    place = line.locator("canvas").bounding_box()
+    page.mouse.move(place["x"] + 0.3 * place["width"], place["y"] + 20)
+    tip = line.locator(".minillm-tip").inner_text()
+    assert re.search(r"rank 0 · prefill · [\d.,]+ ms\n172 tokens of request 0\n[\d.]+ GFLOP, moves \d+ MB", tip)
+    line.locator("button", has_text="+").click()
+    page.screenshot(path=SHOTS / "01-moved.png")
+    assert page.broken == []
+    page.close()
