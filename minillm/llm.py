@@ -18,6 +18,7 @@ from minillm.model.batch import Batch, Chunk
 from minillm.model.checkpoint import find_checkpoint
 from minillm.model.config import DTYPE_BYTES, read_config
 from minillm.model.decoder import Decoder
+from minillm.model.linear import pack
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
@@ -55,8 +56,9 @@ class LLM:
         self.tokenizer = Tokenizer(self.folder)
         self.model = Decoder(self.config)
         load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
+        pack(self.model)
         self.trace = Trace()
-        self.timing = True  # False leaves the clocks out of `trace`; counts stay
+        self.timing = True  # False leaves the clocks out of the spans of `trace`; counts stay
         self.on_span: Callable[[Span], None] | None = None  # called with each step's span as it ends
 
     def generate(
@@ -75,9 +77,10 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Trace:
         """Generate once more, slowly, and return the trace with the peak of every step's activations; `trace` stays."""
+        requests = self._requests(prompts, params)
         recorder = self._new_recorder(activations=True)
         with one_thread():
-            for _ in Engine(self.model, self._requests(prompts, params), recorder).run():
+            for _ in Engine(self.model, requests, recorder).run():
                 pass
         return recorder.trace
 
@@ -99,6 +102,7 @@ class LLM:
             raise ValueError(
                 f"score takes a list of token ids, not a {type(token_ids).__name__}: use tokenizer.encode(text)"
             )
+        self._check_open()
         self._check(token_ids, 0)
         cache = ContiguousCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
         recorder = self._new_recorder(on_span=self.on_span)
@@ -150,8 +154,7 @@ class LLM:
     ) -> list[Request]:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise ValueError("prompts must be a list: write generate([prompt])")
-        if not hasattr(self, "model"):
-            raise ValueError("this LLM is closed: make a new one with LLM(…)")
+        self._check_open()
         if not prompts:
             raise ValueError("there are no prompts: give a list of at least one")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
@@ -174,6 +177,10 @@ class LLM:
         life = Life(index, prompt_tokens=len(prompt))
         life.note(Event.ARRIVED, now_s)
         return Request(index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), life)
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "model"):
+            raise ValueError("this LLM is closed: make a new one with LLM(…)")
 
     def _encode(self, prompt: Prompt, number: int) -> list[int]:
         if isinstance(prompt, str):

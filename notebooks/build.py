@@ -60,6 +60,8 @@ def run(source: Path) -> list[Path]:
     for cell in variant.cells:  # pictures are in the lesson itself
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("image/png", None)
+            if "text/html" in output.get("data", {}):  # one folder deeper than the lesson
+                output["data"]["text/html"] = output["data"]["text/html"].replace('href="../', 'href="../../')
     targets = [HERE / f"{source.stem}.ipynb", HERE / "solved" / f"{source.stem}.ipynb"]
     targets[1].parent.mkdir(exist_ok=True)
     for each, target in zip((notebook, variant), targets):

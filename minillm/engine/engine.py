@@ -68,8 +68,10 @@ class Engine:
         """One forward pass and the tokens it gives, in the batch's order."""
         if not self.recorder.activations:
             return self.sample(batch, self.model(batch, self.cache))
+        began_s = self.recorder.now_s()
         logits, peak = peak_of(lambda: self.model(batch, self.cache), self.model.device)
-        self.recorder.memory(Category.ACTIVATIONS, peak)
+        self.recorder.memory(Category.ACTIVATIONS, peak, began_s)
+        self.recorder.memory(Category.ACTIVATIONS, 0)
         return self.sample(batch, logits)
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:

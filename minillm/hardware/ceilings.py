@@ -22,10 +22,12 @@ def measure_ceilings(device: str = "cpu", dtype: str = "float32") -> Device:
     """This machine as a `Device`: the best of several short runs, about a second in all.
 
     The rate is that of a product of 1024 x 1024 matrices (8192 on a GPU); the bandwidth that of adding up 200 MB (1 GB).
-    Raises `ValueError` for a device that is not there.
+    Raises `ValueError` for a device that is not there, and for other dtypes than those of weights.
     """
     import torch
 
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r}: give 'float32', 'bfloat16' or 'float16'")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device={device!r}: give 'cpu', or 'cuda' where there is a GPU")
     gpu = device == "cuda"

@@ -28,7 +28,10 @@ class ContiguousCache:
     def append(
         self, layer: int, slot: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write K and V [tokens, kv_heads, head_dim] at `start`; returns all of the sequence's, [kv_heads, end, head_dim]."""
+        """Write K and V [tokens, kv_heads, head_dim] at `start`.
+
+        Returns all of the sequence's, [kv_heads, end, head_dim] each.
+        """
         end = start + keys.shape[0]
         self.keys[layer, slot, :, start:end] = keys.transpose(0, 1)
         self.values[layer, slot, :, start:end] = values.transpose(0, 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from minillm.lesson.exercise import Exercise, Verdict, define
-from minillm.lesson.grading import find_exercise, judge, try_here
+from minillm.lesson.exercise import Exercise, Verdict, define, first_difference, value_text
+from minillm.lesson.grading import Printed, find_exercise, judge, try_here
 from minillm.viz.difference import draw_difference
 from minillm.viz.messages import draw_messages
 
@@ -28,19 +29,12 @@ class Desk:
         Raises `ValueError` for an exercise that there is not.
         """
         exercise = find_exercise(name)
-        if here:
-            verdict = self._try_here(exercise, source)
-        else:
-            verdict = judge(exercise, source)
-        mine = define(exercise, source, f"<exercise {name}>") if verdict.solved else None
-        self.namespace[exercise.function] = mine or define(exercise, exercise.solution, f"<solution {name}>")
-        return self._words(exercise, verdict, source), picture_of(exercise, verdict)
-
-    def _try_here(self, exercise: Exercise, source: str) -> Verdict:
-        try:
-            return try_here(exercise, define(exercise, source, f"<exercise {exercise.name}>"))
-        except ValueError as error:
-            return Verdict(False, str(error))
+        verdict = try_here(exercise, source) if here else judge(exercise, source)
+        used, file = (source, "exercise") if verdict.solved else (exercise.solution, "solution")
+        with contextlib.redirect_stdout(Printed()):  # what the cell prints was shown with the verdict
+            self.namespace[exercise.function] = define(exercise, used, f"<{file} {name}>")
+        said = self._words(exercise, verdict, source)
+        return (f"{verdict.printed}\n{said}" if verdict.printed else said), picture_of(exercise, verdict)
 
     def _words(self, exercise: Exercise, verdict: Verdict, source: str) -> str:
         if verdict.solved:
@@ -64,8 +58,12 @@ def picture_of(exercise: Exercise, verdict: Verdict) -> Figure | None:
         finding = "Your messages arrive" if verdict.solved else f"Your run with {len(outcome.outputs)} ranks"
         if outcome.toy.waits:
             all_wait = len(outcome.toy.waits) == len(outcome.outputs)
-            finding = "Nobody can go on: " + ("each waits for another" if all_wait else "the others have returned")
-        return draw_messages(outcome.toy, finding, verdict.expected)
+            finding = "Nobody can go on: " + ("each waits for another" if all_wait else "the others are gone")
+        wrong = {
+            n: value_text(e) for n, e in enumerate(verdict.expected) if first_difference([e], [outcome.toy.results[n]])
+        }
+        shown = [value_text(result) for result in outcome.toy.results]
+        return draw_messages(outcome.toy, finding, shown, wrong)
     if verdict.wrong is not None and verdict.wrong[1]:
         number, index = verdict.wrong
         where = exercise.place(number)

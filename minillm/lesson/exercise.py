@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from minillm.ranks.places import line_of_error, remember_cells
 from minillm.ranks.toy import ToyRun, run_toy
 
 ALONE = "; the cell runs by itself: define in it what it uses (torch and math are there)"
@@ -55,7 +56,7 @@ class Exercise:
     hints: tuple[str, str]
     target: Callable[[Case], int] | None = None
     unit: str = ""
-    names: tuple[str, ...] = ()  # what the places of the outputs are called; "rank 0", "rank 1" … on ranks
+    names: tuple[str, ...] = ()  # what the places of the outputs are called
     drive: Callable[[Callable[..., Any], Case], Outcome] | None = None
 
     on_ranks = False
@@ -73,7 +74,13 @@ class Exercise:
 
 @dataclass(frozen=True)
 class RanksExercise(Exercise):
-    """An exercise on ranks: `function(comm, value)` runs on as many ranks as a case has inputs; the work is bytes sent."""
+    """An exercise on ranks: `function(comm, value)` runs on as many ranks as a case has inputs; the work is bytes sent.
+
+    `allowed` are the communicator's calls that a solution may use; `real` is the case for real ranks, not shown before.
+    """
+
+    allowed: tuple[str, ...] = ("send",)
+    real: Case = Case("", ())
 
     on_ranks = True
 
@@ -97,60 +104,95 @@ class Verdict:
     outcome: Outcome | None = None
     expected: list[Any] = field(default_factory=list)
     wrong: tuple[int, tuple[int, ...]] | None = None  # output, and index within it
+    printed: str = ""
 
 
 def compile_cell(source: str, name: str) -> tuple[Any, str]:
     """The cell's code, or None and a line that says what is wrong with it."""
     try:
-        return compile(ast.parse(source, name), name, "exec"), ""
-    except SyntaxError as error:
-        line = source.splitlines()[error.lineno - 1].strip() if error.lineno and source.strip() else ""
-        return None, f"line {error.lineno}: {error.msg}: {line}"
+        return compile(ast.parse(source, name), name, "exec", dont_inherit=True), ""
+    except (SyntaxError, ValueError) as error:
+        number = getattr(error, "lineno", None)
+        lines = source.splitlines()
+        line = f": {lines[number - 1].strip()}" if number and number <= len(lines) else ""
+        return None, f"line {number}: {error.args[0]}{line}" if number else str(error)
 
 
 def define(exercise: Exercise, source: str, name: str) -> Callable[..., Any]:
-    """Run a cell and return the function it defines. Raises `ValueError` when it does not define it."""
+    """Run a cell and return the function it defines. Raises `ValueError`, in one line, when that does not work."""
+    remember_cells({name: source})  # so that errors and debuggers show its lines
     code, problem = compile_cell(source, name)
     if code is None:
         raise ValueError(problem)
     names: dict[str, Any] = {"torch": torch, "math": math, "__name__": "__main__"}
-    exec(code, names)
+    try:
+        exec(code, names)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"the cell fails: {error_text(error)}") from None
     if not callable(names.get(exercise.function)):
         raise ValueError(f"the cell does not define {exercise.function}(…)")
     return names[exercise.function]
 
 
 def grade(exercise: Exercise, function: Callable[..., Any], limit_s: float | None = None) -> Verdict:
-    """The verdict on one attempt: values first, then targets, smallest case first."""
-    last = Verdict(False, "")
+    """The verdict on one attempt: values first, then calls and targets, smallest case first."""
+    outcomes: list[tuple[Case, Outcome]] = []
+    verdict = Verdict(False, "there are no cases")
     for case in exercise.cases:
-        try:
-            outcome = exercise.run(function, case, limit_s)
-        except Exception as error:
-            return Verdict(
-                False,
-                f"{case.label}: {type(error).__name__}: {error}{ALONE if isinstance(error, NameError) else ''}",
-                case,
-            )
-        expected = exercise.spec(case)
-        problem = _toy_problem(outcome.toy) or _value_problem(exercise, expected, outcome)
-        last = Verdict(not problem, problem, case, outcome, expected)
+        verdict = _grade_values(exercise, function, case, limit_s)
+        if not verdict.solved or verdict.outcome is None:
+            return verdict
+        outcomes.append((case, verdict.outcome))
+    for case, outcome in outcomes:
+        problem = _call_problem(exercise, outcome) or _work_problem(exercise, case, outcome)
         if problem:
-            found = first_difference(expected, outcome.outputs) if outcome.toy is None or outcome.toy.ended else None
-            last.wrong = found[:2] if found else None
-            last.text = f"{case.label}: {problem}"
-            return last
-    for case in exercise.cases if exercise.target else ():
-        assert exercise.target is not None
-        work, target = exercise.run(function, case, limit_s).work, exercise.target(case)
-        if work > target:
-            times = f", {work / target:.1f}× as much" if target else ""
-            last.solved = False
-            last.text = f"{case.label}: the results are right, but it took {work:,} {exercise.unit}; the target is {target:,}{times}"
-            return last
-    used = f", with {last.outcome.work:,} {exercise.unit}, the target" if exercise.target and last.outcome else ""
-    last.text = f"right in {len(exercise.cases)} cases, up to {exercise.cases[-1].label}{used}"
-    return last
+            return Verdict(False, f"{case.label}: {problem}", case, outcome, exercise.spec(case))
+    last = outcomes[-1][1]
+    target = exercise.target(exercise.cases[-1]) if exercise.target else 0
+    used = f", with {last.work:,} {exercise.unit} (target {target:,})" if exercise.target else ""
+    verdict.text = f"right in {len(exercise.cases)} cases, up to {exercise.cases[-1].label}{used}"
+    return verdict
+
+
+def _grade_values(exercise: Exercise, function: Callable[..., Any], case: Case, limit_s: float | None) -> Verdict:
+    """Whether one case gives what the specification says."""
+    try:
+        outcome = exercise.run(function, case, limit_s)
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        return Verdict(False, f"{case.label}: {error_text(error)}", case)
+    expected = exercise.spec(case)
+    problem = _toy_problem(outcome.toy)
+    found = None if problem else first_difference(expected, outcome.outputs)
+    if found is not None:
+        problem = difference_text(exercise, found)
+    return Verdict(not problem, f"{case.label}: {problem}", case, outcome, expected, found[:2] if found else None)
+
+
+def _call_problem(exercise: Exercise, outcome: Outcome) -> str:
+    """A call that the exercise does without."""
+    if outcome.toy is None or not isinstance(exercise, RanksExercise):
+        return ""
+    others = [message for message in outcome.toy.messages if message.operation not in exercise.allowed]
+    if not others:
+        return ""
+    return f"the results are right, but this is to be done with send and recv alone; {others[0].operation} was called"
+
+
+def _work_problem(exercise: Exercise, case: Case, outcome: Outcome) -> str:
+    """More work than the published target."""
+    target = exercise.target(case) if exercise.target else outcome.work
+    if outcome.work <= target:
+        return ""
+    times = f", {outcome.work / target:.1f}× as much" if target else ""
+    return f"the results are right, but it took {outcome.work:,} {exercise.unit}; the target is {target:,}{times}"
+
+
+def error_text(error: BaseException) -> str:
+    """An error in one line of some 200 characters, its line in the cell, and what helps against a missing name."""
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    where = line_of_error(error)
+    alone = ALONE if isinstance(error, NameError) else ""
+    return shorten(message, 110) + (f" ({shorten(where, 80)})" if where else "") + alone
 
 
 def _toy_problem(toy: ToyRun | None) -> str:
@@ -162,24 +204,17 @@ def _toy_problem(toy: ToyRun | None) -> str:
         return f"rank {rank} did not come to an end and was stopped; it stood at {line}"
     if toy.errors:
         rank, text = next(iter(toy.errors.items()))
-        return f"rank {rank} failed: {text}{ALONE if text.startswith('NameError') else ''}"
+        return f"rank {rank} failed: {shorten(text, 240)}{ALONE if text.startswith('NameError') else ''}"
     lines = [f"  rank {rank} {what}" for rank, what in toy.waits.items()]
     lines += [f"  rank {rank} has returned" for rank in range(len(toy.results)) if rank not in toy.waits]
     return "nobody can go on:\n" + "\n".join(lines)
 
 
-def _value_problem(exercise: Exercise, expected: list[Any], outcome: Outcome) -> str:
-    found = first_difference(expected, outcome.outputs)
-    if found is None:
-        return ""
+def difference_text(exercise: Exercise, found: tuple[int, tuple[int, ...], Any, Any]) -> str:
+    """Place, expected, got."""
     number, index, wanted, got = found
-    at = f" at {list(index)}" if index else ""
-    place = exercise.place(number)
-    return (
-        f"{place}{at}: expected {_text(wanted)}, got {_text(got)}"
-        if place or at
-        else f"expected {_text(wanted)}, got {_text(got)}"
-    )
+    place = exercise.place(number) + (f" at {list(index)}" if index else "")
+    return f"{place}{': ' if place else ''}expected {value_text(wanted)}, got {value_text(got)}"
 
 
 def first_difference(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, tuple[int, ...], Any, Any] | None:
@@ -199,21 +234,31 @@ def first_difference(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, 
 
 
 def _same(wanted: Any, have: Any) -> bool:
+    """Numbers by value, whole ones exactly, in a one-element tensor too; anything else is no result."""
     if isinstance(have, torch.Tensor) and have.numel() == 1:
         have = have.item()
-    if isinstance(wanted, (int, float)) and isinstance(have, (int, float)):
-        return math.isclose(wanted, have, rel_tol=CLOSE, abs_tol=1e-9)
-    return bool(wanted == have)
+    if type(have) not in (int, float, bool):
+        return False
+    if isinstance(wanted, int) and float(have).is_integer():
+        return int(have) == wanted
+    return math.isclose(wanted, have, rel_tol=CLOSE, abs_tol=1e-9)
 
 
 def _kind(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else _text(value)
+    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else value_text(value)
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A result in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {list(value.shape)}" if value.numel() != 1 else value_text(value.item())
     if isinstance(value, float):
         return f"{value:,.6g}" if not value.is_integer() or abs(value) >= 1e15 else f"{int(value):,}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    text = str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shorten(" ".join(str(value).split()), 60)
+
+
+def shorten(text: str, most: int) -> str:
+    """At most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

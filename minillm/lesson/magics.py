@@ -4,7 +4,7 @@
 %%ranks            # on the Ranks in the variable `ranks`; four are made if there is none
 %%ranks pair       # on the Ranks in the variable `pair`
 %%ranks --stream   # lines appear as they are printed, not in rank order at the end
-%%exercise 00.total          # judged in a process of its own; what it does wrong cannot hurt the notebook
+%%exercise 00.total          # judged in a process of its own, with a time limit
 %%exercise 00.total --here   # on toy ranks in the notebook's own process, so that breakpoint() stops in it
 """
 

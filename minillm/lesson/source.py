@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import textwrap
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,16 @@ def show_source(symbol: str) -> Source:
 
     Raises `ValueError` for a symbol that there is not.
     """
-    found = find_symbol(symbol)
-    lines, first = inspect.getsourcelines(found)
-    path = Path(inspect.getsourcefile(found) or "").resolve().relative_to(_PACKAGE.parent).as_posix()
-    return Source(
-        path, max(first, 1), inspect.cleandoc("\n" + "".join(lines)) if lines[0].startswith(" ") else "".join(lines)
-    )
+    found: Any = find_symbol(symbol)
+    found = found.fget if isinstance(found, property) else found
+    try:
+        lines, first = inspect.getsourcelines(found)
+        path = Path(inspect.getsourcefile(found) or "").resolve().relative_to(_PACKAGE).as_posix()
+    except (TypeError, OSError, ValueError):
+        raise ValueError(
+            f"{symbol!r} has no source of its own here: name a module, class, function or method of minillm"
+        ) from None
+    return Source(f"minillm/{path}", max(first, 1), textwrap.dedent("".join(lines)))
 
 
 def find_symbol(symbol: str) -> Any:
@@ -54,7 +59,9 @@ def find_symbol(symbol: str) -> Any:
     for end in range(len(parts), 0, -1):
         try:
             found: Any = importlib.import_module(".".join(["minillm", *parts[:end]]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("minillm"):
+                raise
             continue
         try:
             for name in parts[end:]:

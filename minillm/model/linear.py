@@ -1,4 +1,4 @@
-"""A linear layer, and a faster way to multiply a few rows on a CPU."""
+"""A linear layer, and two faster ways to multiply a few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,46 @@ FEW_ROWS = 4
 class Linear(nn.Linear):
     """y = x Wᵀ + b for x [rows, inputs], W [outputs, inputs].
 
-    With `few_rows` on, up to four float32 rows on a CPU are computed as (W xᵀ)ᵀ: the BLAS then reads W once, near the
-    speed of memory, where x Wᵀ reaches a third of it (`bench/decode.py`). It loses from six rows on, and is not used
-    there.
+    The BLAS behind `F.linear` rearranges W anew at every call, which takes longer than a product of up to a hundred rows.
+    Two ways around it, for float32 on a CPU (`bench/decode.py` has the figures):
+
+    `packed`: `pack()` lets oneDNN rearrange W once and keeps only that. Wins at every number of rows; `weight` is then
+    opaque (`weight.to_dense()` gives it back). `few_rows`, for a weight that must stay plain because the embedding reads
+    it too: up to four rows as (W xᵀ)ᵀ, which loses from six rows on; more by oneDNN, which rearranges at every call but
+    faster than the BLAS.
     """
 
+    packed = True
     few_rows = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.few_rows and x.shape[0] <= FEW_ROWS and x.device.type == "cpu" and x.dtype is torch.float32:
+        if self.weight.is_mkldnn:
+            return multiply_packed(x, self.weight, self.bias)
+        if not (self.few_rows and self._on_cpu()):
+            return F.linear(x, self.weight, self.bias)
+        if x.shape[0] <= FEW_ROWS:
             return multiply_few(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def pack(self) -> None:
+        """Keep the weight in oneDNN's own order from now on. Does nothing where that is switched off or not possible."""
+        if self.packed and self._on_cpu():
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def _on_cpu(self) -> bool:
+        """Whether oneDNN multiplies this weight: float32 on a CPU that it knows."""
+        plain = self.weight
+        return plain.device.type == "cpu" and plain.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def multiply_packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [rows, inputs], packed weight -> [rows, outputs]. Fewer than four rows go as four: oneDNN is slower with fewer."""
+    rows = x.shape[0]
+    if 0 < rows < FEW_ROWS:
+        x = x.expand(FEW_ROWS, -1) if rows == 1 else torch.cat((x, x))[:FEW_ROWS]
+    out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out[:rows] if rows < FEW_ROWS else out
 
 
 def multiply_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -31,3 +60,14 @@ def multiply_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     columns = torch.cat((x, x)) if rows == 1 else x
     out = (weight @ columns.t()).t()[:rows]
     return (out if bias is None else out + bias).contiguous()
+
+
+def pack(model: nn.Module) -> None:
+    """Pack every `Linear` of a model, except one whose weight another module uses too (a tied LM head)."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if isinstance(module, Linear) and users[id(module.weight)] == 1:
+            module.pack()

@@ -104,7 +104,8 @@ class Comm:
         self._run("barrier", None, None, lambda: self.group.barrier())
 
     def send(self, tensor: torch.Tensor, to: int, tag: int = 0) -> None:
-        """Send `tensor` to a rank of the group; returns when the buffer may be reused."""
+        """Send `tensor` to a rank of the group; returns when the buffer may be reused. Raises `ValueError` for no such rank."""
+        self._check_peer(to, "to")
         mine, theirs = p2p_channels(self.name, self.members[self.rank], self.members[to], tag)
         operation = Operation("send", shape_of(tensor), mine, theirs, (self.members[to],), caller())
         self._count("send", tensor)
@@ -114,7 +115,8 @@ class Comm:
         self.board.leave(number)
 
     def recv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> torch.Tensor:
-        """Receive into `tensor`, in place, from a rank of the group."""
+        """Receive into `tensor`, in place, from a rank of the group. Raises `ValueError` for no such rank."""
+        self._check_peer(source, "source")
         theirs, mine = p2p_channels(self.name, self.members[source], self.members[self.rank], tag)
         self._count("recv", None)
         operation = Operation("recv", shape_of(tensor), mine, theirs, (self.members[source],), caller())
@@ -138,6 +140,12 @@ class Comm:
         start().wait()
         wait_for_device()
         self.board.leave(number)
+
+    def _check_peer(self, other: int, name: str) -> None:
+        if not 0 <= other < self.size:
+            raise ValueError(f"{name}={other}: this group has ranks 0 to {self.size - 1}")
+        if other == self.rank:
+            raise ValueError(f"{name}={other}: rank {self.rank} cannot exchange messages with itself")
 
     def _count(self, name: str, sent: torch.Tensor | None) -> None:
         count = self.counts.setdefault(name, Count())

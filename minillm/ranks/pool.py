@@ -79,6 +79,8 @@ class Ranks:
         """
         if not callable(fn):
             raise ValueError(f"run takes a function, not a {type(fn).__name__}: write ranks.run(function, arguments …)")
+        if limit_s is not None and not (isinstance(limit_s, (int, float)) and limit_s > 0):
+            raise ValueError(f"limit_s={limit_s!r}: give a number of seconds above 0")
         payload = cloudpickle.dumps((fn, args, kwargs))
         code = getattr(fn, "__code__", None)
         sources = cell_sources({code.co_filename} if code else set())

@@ -1,8 +1,8 @@
 """Ranks in one process, for learning: threads that take turns, so that a run is always the same and a debugger works.
 
-`ToyComm` has the methods of `minillm.ranks.comm.Comm`, and a function that works on one works on the other. A toy `send`
-returns only when its message was received, as between GPUs; when nobody can go on, the run ends at once and says who
-waits for what. It knows nothing of exercises.
+`ToyComm` has `send`, `recv`, `all_reduce`, `broadcast`, `all_gather` and `barrier` of `minillm.ranks.comm.Comm`. A toy
+`send` returns only when its message was received, as between GPUs; when nobody can go on, the run ends at once and says
+who waits for what. It knows nothing of exercises.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from typing import Any
 import torch
 
 from minillm.ranks.places import Spot, describe, is_cell, line_of_error
-from minillm.ranks.watch import LIBRARY
+from minillm.ranks.watch import LIBRARY, shape_of
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message that was received: from rank `source` to `target`; times count the run's communication calls."""
+    """One message that was received: from rank `source` to `target`, in a "send" or inside a collective.
+
+    Times count the run's communication calls.
+    """
 
     source: int
     target: int
     bytes: int
     sent_at: int
     received_at: int
+    operation: str = "send"
 
 
 @dataclass
@@ -75,7 +79,9 @@ class _World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.run = ToyRun([None] * size)
-        self.boxes: dict[tuple[int, int, int], list[_Letter]] = {}  # (source, target, tag) -> letters on their way
+        self.boxes: dict[
+            tuple[int, int, int | str], list[_Letter]
+        ] = {}  # (source, target, tag or collective) -> letters
         self.turn = 0
         self.alive = set(range(size))
         self.blocked: dict[int, tuple[str, int]] = {}
@@ -134,11 +140,11 @@ class ToyComm:
 
     def send(self, tensor: torch.Tensor, to: int, tag: int = 0) -> None:
         """Send `tensor` to a rank; returns when it was received. Raises `ValueError` for a rank that there is not."""
-        self._post(tensor, to, tag, f"waits for rank {to} to receive")
+        self._post(tensor, to, _checked(tag), f"waits for rank {to} to receive")
 
     def recv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> torch.Tensor:
         """Receive into `tensor`, in place."""
-        return self._take(tensor, source, tag, f"waits to receive from rank {source}")
+        return self._take(tensor, source, _checked(tag), f"waits to receive from rank {source}")
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place: everything goes to rank 0 and comes back."""
@@ -164,28 +170,28 @@ class ToyComm:
     def _gather(self, tensor: torch.Tensor, name: str) -> list[torch.Tensor] | None:
         """Every rank's tensor, on rank 0."""
         if self.rank:
-            self._post(tensor, 0, _INSIDE, f"waits in {name} for rank 0")
+            self._post(tensor, 0, name, f"waits in {name} for rank 0")
             return None
-        rest = [self._take(torch.empty_like(tensor), other, _INSIDE, f"waits in {name} for rank {other}") for other in range(1, self.size)]  # fmt: skip
+        rest = [self._take(torch.empty_like(tensor), other, name, f"waits in {name} for rank {other}") for other in range(1, self.size)]  # fmt: skip
         return [tensor.clone(), *rest]
 
     def _tell(self, tensor: torch.Tensor, name: str, root: int = 0) -> torch.Tensor:
         """The root's tensor, on every rank."""
         if self.rank != root:
-            return self._take(tensor, root, _INSIDE, f"waits in {name} for rank {root}")
+            return self._take(tensor, root, name, f"waits in {name} for rank {root}")
         for other in range(self.size):
             if other != root:
-                self._post(tensor, other, _INSIDE, f"waits in {name} for rank {other}")
+                self._post(tensor, other, name, f"waits in {name} for rank {other}")
         return tensor
 
-    def _post(self, tensor: torch.Tensor, to: int, tag: int, what: str) -> None:
+    def _post(self, tensor: torch.Tensor, to: int, tag: int | str, what: str) -> None:
         self._check(to, "to")
         letter = _Letter(tensor.detach().clone(), self._world.tick())
         self._world.boxes.setdefault((self.rank, to, tag), []).append(letter)
         self._world.woke(to)
         self._world.wait(self.rank, lambda: letter.taken, what, to)
 
-    def _take(self, tensor: torch.Tensor, source: int, tag: int, what: str) -> torch.Tensor:
+    def _take(self, tensor: torch.Tensor, source: int, tag: int | str, what: str) -> torch.Tensor:
         self._check(source, "source")
         box = self._world.boxes.setdefault((source, self.rank, tag), [])
         self._world.tick()
@@ -193,10 +199,14 @@ class ToyComm:
         letter = box.pop(0)
         letter.taken = True
         self._world.woke(source)
-        if letter.tensor.shape != tensor.shape:
-            raise ValueError(f"rank {source} sent {list(letter.tensor.shape)}, but rank {self.rank} receives into {list(tensor.shape)}")  # fmt: skip
-        self._world.run.messages.append(Message(source, self.rank, letter.tensor.nbytes, letter.sent_at, self._world.tick()))  # fmt: skip
-        return tensor.copy_(letter.tensor)
+        sent, wanted = shape_of(letter.tensor), shape_of(tensor)
+        if letter.tensor.numel() != tensor.numel() or letter.tensor.dtype != tensor.dtype:
+            raise ValueError(f"rank {source} sent {sent}, but rank {self.rank} receives into {wanted}")
+        name = tag if isinstance(tag, str) else "send"
+        message = Message(source, self.rank, letter.tensor.nbytes, letter.sent_at, self._world.tick(), name)
+        self._world.run.messages.append(message)
+        with torch.no_grad():
+            return tensor.copy_(letter.tensor.view(tensor.shape))
 
     def _check(self, other: int, name: str) -> None:
         if not 0 <= other < self.size:
@@ -206,7 +216,12 @@ class ToyComm:
 
 
 _OURS = (str(Path(__file__).resolve().parents[1]) + os.sep, *LIBRARY)
-_INSIDE = -1  # the tag of messages inside collectives
+
+
+def _checked(tag: int) -> int:
+    if tag < 0:
+        raise ValueError(f"tag={tag}: give a number from 0")
+    return tag
 
 
 def run_toy(function: Callable[..., Any], inputs: Sequence[Any], limit_s: float | None = None) -> ToyRun:
@@ -216,7 +231,12 @@ def run_toy(function: Callable[..., Any], inputs: Sequence[Any], limit_s: float 
     """
     world = _World(len(inputs))
     threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(_live, world, rank, function, given), daemon=True)
+        threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(_live, world, rank, function, given),
+            daemon=True,
+            name=f"rank {rank}",
+        )
         for rank, given in enumerate(inputs)
     ]
     for thread in threads:
@@ -239,9 +259,9 @@ def _live(world: _World, rank: int, function: Callable[..., Any], given: Any) ->
         world.run.results[rank] = function(ToyComm(world, rank), given)
     except _Stuck:
         pass
-    except Exception as error:
-        where = line_of_error(error)
-        world.run.errors[rank] = f"{type(error).__name__}: {error} ({where})"
+    except BaseException as error:  # sys.exit too ends this rank, and nothing else
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        world.run.errors[rank] = f"{message[:100]} ({line_of_error(error)})"
     finally:
         world.leave(rank)
 

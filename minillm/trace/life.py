@@ -58,6 +58,7 @@ class Life:
     @property
     def e2e_s(self) -> float:
         """End-to-end latency: from arrival to the last token."""
+        self.first(Event.TOKEN)  # or there is no latency yet
         return self.token_s[-1] - self.first(Event.ARRIVED)
 
     @property

@@ -10,7 +10,8 @@ from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
 
 
 class Recorder:
-    """Fills a `Trace`. With `timing=False` spans and samples have time 0, and no clock is read for them.
+    """Fills a `Trace`. With `timing=False` spans and samples have time 0, and no clock is read for them; requests, whose
+    latencies are results and not measurements of the trace, keep their time stamps.
 
     `on_span` is called with each span as it ends, for live views. With `activations=True` the engine also measures the
     peak of every step's activations, which is slow.
@@ -39,9 +40,10 @@ class Recorder:
         """`with recorder.span(Kind.DECODE, "decode", tokens=3):` records what stands inside as one span."""
         return _OpenSpan(self, kind, name, figures)
 
-    def memory(self, category: Category, count_bytes: int) -> None:
-        """From now on this rank holds so many bytes for `category`."""
-        self.trace.memory.append(MemorySample(self.rank, category, self.now_s(), count_bytes))
+    def memory(self, category: Category, count_bytes: int, since_s: float | None = None) -> None:
+        """From now on, or since a time not before the last sample, this rank holds so many bytes for `category`."""
+        when = self.now_s() if since_s is None else since_s
+        self.trace.memory.append(MemorySample(self.rank, category, when, count_bytes))
 
 
 class _OpenSpan:

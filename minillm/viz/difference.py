@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -18,7 +19,6 @@ def draw_difference(expected: torch.Tensor, got: torch.Tensor, index: tuple[int,
     rows, columns = tables[0].shape
     figure, axes = new_figure(1.2 + 0.36 * rows, [1.0, 1.0])
     low, high = float(tables[0].min()), float(tables[0].max())
-    flat = index[-1], int(torch.tensor(index[:-1] or (0,)).prod()) if len(index) > 1 else 0
     for axis, table, name in zip(axes, tables, ("expected", "got")):
         axis.imshow(
             table.float().numpy(), cmap="Greys", vmin=low - (high - low), vmax=high + 2 * (high - low), aspect="auto"
@@ -36,7 +36,13 @@ def draw_difference(expected: torch.Tensor, got: torch.Tensor, index: tuple[int,
                 )
         axis.set_title(name, fontsize=10.5, color=INK)
         axis.set(xticks=[], yticks=[])
-    column, row = flat
-    if row < rows and column < columns:
+    row, column = divmod(int(np.ravel_multi_index(index, tuple(expected.shape))), expected.shape[-1])
+    inside = row < rows and column < columns
+    if inside:
         axes[1].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=CULPRIT, linewidth=2.5))
-    return frame(figure, finding, "outlined: the first element that differs")
+    said = (
+        "outlined: the first element that differs"
+        if inside
+        else f"the first element that differs is {list(index)}, outside this part"
+    )
+    return frame(figure, finding, said)

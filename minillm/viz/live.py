@@ -40,12 +40,15 @@ class Timeline(InteractivePicture):
         self.caption = caption or ""
         self._said = caption
         self._growing = Trace()
+        self._shown: Trace | None = None
         self._shown_at = 0.0
         if trace is not None:
             self.show(trace)
 
     def push(self, span: Span) -> None:
         """Take a span that has just ended; the picture follows at most ten times a second."""
+        if self._shown is not None:  # another run begins
+            self._shown, self._growing, self.memory = None, Trace(), []
         self._growing.spans.append(span)
         if time.monotonic() - self._shown_at > REFRESH_S:
             self._shown_at = time.monotonic()
@@ -58,7 +61,7 @@ class Timeline(InteractivePicture):
 
     def show(self, trace: Trace) -> None:
         """Show a whole trace, and its memory."""
-        self._growing = trace
+        self._shown = trace
         if self._said is None:
             self.caption = caption_of(trace)
         rank = max(trace.ranks, key=lambda each: sum(trace.peak_bytes(each).values()), default=0)
@@ -76,8 +79,9 @@ class Timeline(InteractivePicture):
 
     def figure(self) -> Figure:
         """The same trace as a still picture."""
-        if self._growing.spans:
-            return draw_timeline(self._growing, self.finding, self.caption)
+        trace = self._shown or self._growing
+        if trace.spans:
+            return draw_timeline(trace, self.finding, self.caption)
         figure, (axis,) = new_figure(1.4)
         axis.axis("off")
         return frame(figure, self.finding, "run the cell to see it grow")

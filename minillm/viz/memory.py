@@ -19,6 +19,7 @@ def draw_memory(
 
     Raises `ValueError` when no run has memory samples.
     """
+    runs = {name: trace for name, trace in runs.items() if trace.ranks}
     bars = [(name, rank, trace.peak_bytes(rank)) for name, trace in runs.items() for rank in trace.ranks]
     tallest = max((sum(peaks.values()) for _, _, peaks in bars), default=0)
     if not tallest:

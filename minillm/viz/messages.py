@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from minillm.ranks.toy import ToyRun
 from minillm.viz.style import COMMUNICATION, CULPRIT, FAINT, INK, WAITING, frame, new_figure
-from minillm.viz.words import bytes_text, plain
+from minillm.viz.words import bytes_text
 
 
-def draw_messages(run: ToyRun, finding: str, expected: list[Any] | None = None) -> Figure:
+def draw_messages(
+    run: ToyRun, finding: str, results: Sequence[str] | None = None, wrong: Mapping[int, str] | None = None
+) -> Figure:
     """A lane per rank, an arrow per message; at the right what each rank returned, or what it waits for.
 
-    With `expected` a wrong result stands in vermilion beside the right one.
+    `results` are the ranks' results in words; `wrong` maps ranks whose result is wrong to the expected one.
     """
     size = len(run.results)
     figure, (axis,) = new_figure(1.1 + 0.52 * size)
@@ -26,8 +28,8 @@ def draw_messages(run: ToyRun, finding: str, expected: list[Any] | None = None) 
             mine = [message.received_at for message in run.messages if rank in (message.source, message.target)]
             since = max(mine, default=0) + 0.5
             axis.barh(rank, end - since, left=since, height=0.42, color=WAITING, hatch="////", edgecolor="white", linewidth=0, zorder=2)  # fmt: skip
-        text, colour = _ending(run, rank, expected)
-        axis.text(end * 1.015, rank, text, va="center", color=colour, fontsize=10)
+        text, colour = _ending(run, rank, results or [str(each) for each in run.results], wrong or {})
+        axis.text(end * 1.015, rank, text, va="center", color=colour, fontsize=10, parse_math=False)
     for message in run.messages:
         axis.add_patch(
             FancyArrowPatch(
@@ -41,11 +43,13 @@ def draw_messages(run: ToyRun, finding: str, expected: list[Any] | None = None) 
     for side in ("left", "bottom"):
         axis.spines[side].set_visible(False)
     count = len(run.messages)
-    said = f"your run on toy ranks · time goes to the right · {count} messages, {bytes_text(run.bytes)}"
+    said = (
+        f"your run on toy ranks · time goes to the right · {count} message{'s' * (count != 1)}, {bytes_text(run.bytes)}"
+    )
     return frame(figure, finding, said)
 
 
-def _ending(run: ToyRun, rank: int, expected: list[Any] | None) -> tuple[str, str]:
+def _ending(run: ToyRun, rank: int, results: Sequence[str], wrong: Mapping[int, str]) -> tuple[str, str]:
     """What stands at the end of a lane."""
     if rank in run.waits:
         return run.waits[rank].split(" (line")[0], INK
@@ -53,8 +57,6 @@ def _ending(run: ToyRun, rank: int, expected: list[Any] | None) -> tuple[str, st
         return run.errors[rank].split(":")[0], CULPRIT
     if rank in run.endless:
         return "does not come to an end", CULPRIT
-    got = run.results[rank]
-    shown = plain(got) if isinstance(got, (int, float)) else str(got)[:16]
-    if expected is None or got == expected[rank]:
-        return f"returns {shown}", INK
-    return f"returns {shown}, expected {plain(expected[rank])}", CULPRIT
+    if rank not in wrong or not run.ended:
+        return f"returns {results[rank]}", INK
+    return f"returns {results[rank]}, expected {wrong[rank]}", CULPRIT

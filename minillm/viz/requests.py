@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -13,6 +14,7 @@ from minillm.viz.style import DECODE, GUESS, INK, PREFILL, WAITING, frame, legen
 from minillm.viz.words import caption_of, plain, time_unit
 
 MOST_ROWS = 40
+ROOM = 1 / 250  # of the picture's width: the least a bar needs for a tick
 
 
 def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Figure:
@@ -23,10 +25,11 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     lives = _lives(trace)
     drawn = lives[:MOST_ROWS]
     start = min(life.first(Event.ARRIVED) for life in drawn)
-    scale, unit = time_unit(max(life.token_s[-1] for life in drawn) - start)
+    longest_s = max(life.token_s[-1] for life in drawn) - start or 1e-9
+    scale, unit = time_unit(longest_s)
     figure, (axis,) = new_figure(1.3 + 0.3 * max(len(drawn), 3))
     for row, life in enumerate(drawn):
-        _draw_life(axis, row, life, start, scale)
+        _draw_life(axis, row, life, start, scale, longest_s)
     axis.set_yticks(range(len(drawn)), [str(life.request_id) for life in drawn])
     axis.set(xlabel=f"time ({unit})", ylabel="request", ylim=(len(drawn) - 0.4, -0.6), xlim=(0, None))
     axis.tick_params(axis="y", length=0)
@@ -37,7 +40,8 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     return frame(figure, finding, caption_of(trace, more) if caption is None else caption)
 
 
-def _draw_life(axis: object, row: int, life: Life, start: float, scale: float) -> None:
+def _draw_life(axis: Any, row: int, life: Life, start: float, scale: float, longest_s: float) -> None:
+    """Waiting, prefill and decode of one request, `longest_s` being the seconds that the picture is wide."""
     began, tokens = life.first(Event.STARTED), life.token_s
     arrived = life.first(Event.ARRIVED)
     for left, right, colour, hatch in (
@@ -45,9 +49,11 @@ def _draw_life(axis: object, row: int, life: Life, start: float, scale: float) -
         (began, tokens[0], PREFILL, None),
         (tokens[0], tokens[-1], DECODE, None),
     ):
-        axis.barh(row, (right - left) * scale, left=(left - start) * scale, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)  # type: ignore[attr-defined]  # fmt: skip
+        axis.barh(row, (right - left) * scale, left=(left - start) * scale, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
     ticks = [(when - start) * scale for when in tokens]
-    axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)  # type: ignore[attr-defined]
+    if (len(tokens) - 1) * ROOM > (tokens[-1] - tokens[0]) / longest_s:
+        return  # finer than the eye: ticks would cover the bar
+    axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)
 
 
 def draw_latency(trace: Trace, finding: str, caption: str | None = None, guess_times: float | None = None) -> Figure:

@@ -29,7 +29,7 @@ def measured_dots(trace: Trace) -> list[Dot]:
     """A dot per kind and batch of a trace's spans: the median of what they reached."""
     groups: dict[tuple[Kind, int], list[Any]] = {}
     for span in trace.spans:
-        if span.flops and span.duration_s > 0:
+        if span.flops and span.memory_bytes and span.duration_s > 0:
             size = span.tokens if span.kind is Kind.PREFILL else len(span.request_ids)
             groups.setdefault((span.kind, size), []).append(span)
     dots = []

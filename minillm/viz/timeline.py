@@ -55,11 +55,12 @@ def _draw_lanes(
     axis: Any, trace: Trace, lanes: list[tuple[int, str]], notes: Sequence[str], scale: float
 ) -> None:  # fmt: skip
     place = {lane: row for row, lane in enumerate(lanes)}
+    edge = (trace.end_s - trace.start_s) / 250  # narrower bars get no white edge, or it would cover them
     for span in trace.spans:
         waits = span.kind is Kind.WAITING
         axis.barh(
             place[span.rank, span.lane], span.duration_s * scale, left=(span.start_s - trace.start_s) * scale,
-            height=0.42, color=KIND_COLOURS[span.kind], edgecolor="white", linewidth=0.0 if waits else 0.5,
+            height=0.42, color=KIND_COLOURS[span.kind], edgecolor="white", linewidth=0.0 if waits or span.duration_s < edge else 0.5,
             hatch="////" if waits else None,
         )  # fmt: skip
     for row, note in enumerate(notes[: len(lanes)]):

@@ -17,13 +17,14 @@ class WhatIf(InteractivePicture):
     """`WhatIf(draw, "question", ranks=[2, 3, 4], absent=["nobody", "rank 1"])` calls `draw(ranks=2, absent="nobody")` first.
 
     The first value of a control is where it stands at first. Numbers become a slider, other values a list; spaces in a control's label are underscores in its name. `draw` returns
-    a `Figure`; a `ValueError` from it is shown as text, and the last picture stays.
+    a `Figure`; an error from it is shown as text, and the last picture stays.
     """
 
     _esm = script("whatif")
     question = traitlets.Unicode().tag(sync=True)
     controls: Any = traitlets.Dict().tag(sync=True)
-    values: Any = traitlets.Dict().tag(sync=True)
+    first: Any = traitlets.Dict().tag(sync=True)
+    asked: Any = traitlets.Dict().tag(sync=True)  # {"number": …, "values": …}: what the browser wants drawn
     picture = traitlets.Unicode().tag(sync=True)
     problem = traitlets.Unicode().tag(sync=True)
     drawn = traitlets.Int(0).tag(sync=True)  # counts pictures, so that the browser knows when one is done
@@ -34,25 +35,31 @@ class WhatIf(InteractivePicture):
             raise ValueError("give at least one control, each with a list of values")
         self._draw = draw
         self.question = question
-        self.controls = {name.replace("_", " "): list(choices) for name, choices in controls.items()}
-        self.values = {name: choices[0] for name, choices in self.controls.items()}
-        self.controls = {name: sorted(each) if _numbers(each) else each for name, each in self.controls.items()}
-        self._first = {name: choices[0] for name, choices in controls.items()}
-        self._redraw()
-        self.observe(self._redraw, names=["values"])
+        self._names = {name.replace("_", " "): name for name in controls}
+        self.first = {label: controls[name][0] for label, name in self._names.items()}
+        self.controls = {label: _in_order(controls[name]) for label, name in self._names.items()}
+        self._redraw({"new": {"values": self.first}})
+        self.observe(self._redraw, names=["asked"])
 
     def png(self) -> bytes:
         """The picture for the first value of every control."""
-        return png(self._draw(**self._first))
+        return png(self._figure(self.first))
 
-    def _redraw(self, change: Any = None) -> None:
+    def _figure(self, values: dict[str, Any]) -> Figure:
+        return self._draw(**{self._names[label]: value for label, value in values.items()})
+
+    def _redraw(self, change: Any) -> None:
+        """Draw what was asked for; a failure is told, and never leaves the browser waiting."""
         try:
-            self.picture = b64encode(png(self._draw(**{name.replace(" ", "_"): value for name, value in self.values.items()}))).decode()  # fmt: skip
+            self.picture = b64encode(png(self._figure(change["new"]["values"]))).decode()
             self.problem = ""
-        except ValueError as error:
-            self.problem = str(error)
-        self.drawn += 1
+        except Exception as error:
+            self.problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        finally:
+            self.drawn += 1
 
 
-def _numbers(choices: Sequence[Any]) -> bool:
-    return all(isinstance(choice, (int, float)) for choice in choices)
+def _in_order(choices: Sequence[Any]) -> list[Any]:
+    """Numbers rise along a slider; other values stay as given."""
+    numbers = all(isinstance(choice, (int, float)) for choice in choices)
+    return sorted(choices) if numbers else list(choices)

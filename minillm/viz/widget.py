@@ -24,7 +24,7 @@ def script(name: str) -> str:
     """The browser's program: the course's colours, what all pictures share, and the picture's own file."""
     parts = [
         f"const LOOK = {json.dumps(_LOOK)};",
-        *((_SCRIPTS / f"{each}.js").read_text() for each in ("common", name)),
+        *((_SCRIPTS / f"{each}.js").read_text(encoding="utf-8") for each in ("common", name)),
     ]
     return "\n".join(parts)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 
-from minillm import context
+from minillm import Ranks, context
 from minillm.lesson.desk import Desk, solution
 from minillm.lesson.exercise import first_difference
 from minillm.lesson.grading import all_exercises, judge
@@ -20,28 +20,48 @@ from minillm.viz.style import png
 EXERCISES = all_exercises()
 SCREEN_LINES, SCREEN_COLUMNS = 12, 200
 
-TOTAL, TELL, SHIFT, CACHE = (EXERCISES[name].solution for name in ("00.total", "00.tell", "00.shift", "01.kv_cache"))
-THREE_TIMES = "\n    for _ in range(2):\n        comm.all_reduce(torch.zeros(comm.size))"
+TOTAL, TELL, SHIFT, CACHE, KV, BATCH = (
+    EXERCISES[name].solution
+    for name in ("00.total", "00.tell", "00.shift", "01.kv_cache", "01.kv_bytes", "01.enough_batch")
+)
+
+
+def thrice(source: str) -> str:
+    """The same messages, each of three numbers where one would do."""
+    longer = source.replace("torch.zeros(1)", "torch.zeros(3)").replace(
+        "torch.tensor([number])", "torch.tensor([number] * 3)"
+    )
+    return longer.replace(".item()", "[0].item()")
+
+
 WRONG = {
-    # a missing message, off by one, more bytes than the target
+    # a missing message, off by one, three times the target's bytes
     "00.shift, missing": ("00.shift", SHIFT.replace("if comm.rank != 0:", "if comm.rank > 1:"), ["2 ranks with 10, 20", "rank 0 waits for", "rank 1 has returned"]),
     "00.shift, off by one": ("00.shift", SHIFT.replace("[number]", "[number + 1]"), ["rank 0: expected 20, got 21"]),
-    "00.shift, 3 x": ("00.shift", SHIFT.replace("    return", "    comm.all_gather(torch.zeros(1))\n    comm.barrier()\n    return"), ["the target is 8", "× as much"]),
+    "00.shift, 3 x": ("00.shift", thrice(SHIFT), ["took 24 bytes of messages; the target is 8, 3.0× as much"]),
     "00.tell, missing": ("00.tell", TELL.replace("if comm.rank > 0:", "if comm.rank > 1:"), ["rank 0 waits for rank 1 to receive", "rank 1 has returned"]),
     "00.tell, off by one": ("00.tell", TELL.replace("return held.item()", "return held.item() + comm.rank"), ["rank 1: expected 10, got 11"]),
-    "00.tell, 3 x": ("00.tell", TELL.replace("held = ", "held = comm.broadcast(torch.tensor([number])); comm.broadcast(held); held = "), ["took 12 bytes of messages; the target is 4, 3.0× as much"]),
+    "00.tell, 3 x": ("00.tell", thrice(TELL), ["took 12 bytes of messages; the target is 4, 3.0× as much"]),
+    "00.tell, collective": ("00.tell", "def tell(comm, number):\n    return comm.broadcast(torch.tensor([number])).item()", ["with send and recv alone; broadcast was called"]),
+    "00.tell, known numbers": ("00.tell", "def tell(comm, number):\n    return 10.0", ["3 ranks with 7, 1, 30: rank 0: expected 7, got 10"]),
     "00.total, missing": ("00.total", TOTAL.replace("if comm.rank != last - 1:", "if False:"), ["rank 0 waits to receive from rank 1", "rank 1 has returned"]),
     "00.total, off by one": ("00.total", TOTAL.replace("held += number", "held += number + 1"), ["rank 0: expected 30, got 32"]),
-    "00.total, 3 x": ("00.total", "def total(comm, number):\n    for _ in range(3):\n        held = comm.all_reduce(torch.tensor([float(number)]))\n    return held.item()", ["took 24 bytes of messages; the target is 8, 3.0× as much"]),
-    "01.kv_bytes, V forgotten": ("01.kv_bytes", EXERCISES["01.kv_bytes"].solution.replace("return 2 *", "return"), ["expected 16, got 8"]),
-    "01.kv_bytes, all heads": ("01.kv_bytes", EXERCISES["01.kv_bytes"].solution.replace("* kv_heads", "* 3 * kv_heads"), ["expected 16, got 48"]),
-    "01.kv_bytes, off by one": ("01.kv_bytes", EXERCISES["01.kv_bytes"].solution.replace("* tokens", "* (tokens + 1)"), ["expected 16, got 32"]),
-    "01.enough_batch, factor": ("01.enough_batch", EXERCISES["01.enough_batch"].solution.replace("(2 *", "(1 *"), ["expected 6, got 12"]),
-    "01.enough_batch, off by one": ("01.enough_batch", EXERCISES["01.enough_batch"].solution.replace(")\n", ") - 1\n"), ["expected 6, got 5"]),
-    "01.enough_batch, down": ("01.enough_batch", EXERCISES["01.enough_batch"].solution.replace("ceil", "floor"), ["an A100", "expected 154, got 153"]),
+    "00.total, 3 x": ("00.total", thrice(TOTAL), ["took 24 bytes of messages; the target is 8, 3.0× as much"]),
+    "00.total, collective": ("00.total", "def total(comm, number):\n    return comm.all_reduce(torch.tensor([number])).item()", ["all_reduce was called"]),
+    "00.total, a tensor": ("00.total", TOTAL.replace("return held.item()", "return torch.cat((held, held))"), ["rank 0: expected 30, got a tensor [2]"]),
+    "00.total, a generator": ("00.total", TOTAL.replace("return held.item()", "yield held"), ["rank 0: expected 30, got <generator"]),
+    "00.total, another dtype": ("00.total", TOTAL.replace("torch.zeros(1)", "torch.zeros(1, dtype=torch.float16 if comm.rank else torch.float32)"), ["rank 1 failed: ValueError: rank 0 sent [1] float32, but rank 1 receives into [1] float16"]),
+    "01.kv_bytes, V forgotten": ("01.kv_bytes", KV.replace("return 2 *", "return"), ["expected 16, got 8"]),
+    "01.kv_bytes, all heads": ("01.kv_bytes", KV.replace("* kv_heads", "* 3 * kv_heads"), ["expected 16, got 48"]),
+    "01.kv_bytes, off by one": ("01.kv_bytes", KV.replace("* tokens", "* (tokens + 1)"), ["expected 16, got 32"]),
+    "01.kv_bytes, a byte": ("01.kv_bytes", KV.replace("* number_bytes", "* number_bytes + (tokens > 1)"), ["SmolLM2", "expected 4,608,000, got 4,608,001"]),
+    "01.enough_batch, factor": ("01.enough_batch", BATCH.replace("(2 *", "(1 *"), ["expected 6, got 12"]),
+    "01.enough_batch, off by one": ("01.enough_batch", BATCH.replace(")\n", ") - 1\n"), ["expected 6, got 5"]),
+    "01.enough_batch, down": ("01.enough_batch", BATCH.replace("ceil", "floor"), ["an A100", "expected 154, got 153"]),
     "01.kv_cache, nothing kept": ("01.kv_cache", CACHE.replace('torch.cat((cache["k"], k)) if cache else k', "k").replace('torch.cat((cache["v"], v)) if "v" in cache else v', "v"), ["call 1 at [0]: expected -0.874", "got"]),
     "01.kv_cache, off by one": ("01.kv_cache", CACHE.replace('cache["k"].T /', 'cache["k"].roll(1, 0).T /'), ["call 1 at [0]: expected -0.874", "got"]),
     "01.kv_cache, 3 x": ("01.kv_cache", CACHE.replace("q, k, v = project(new)", "project(new); project(new)\n    q, k, v = project(new)"), ["took 6 projected rows; the target is 2, 3.0× as much"]),
+    "01.kv_cache, remembered": ("01.kv_cache", "seen = {}\n" + EXERCISES["01.kv_cache"].starter.replace("q, k, v = project(x)", "q, k, v = seen.setdefault((len(x), x.sum().item()), None) or seen.update(a=project(x)) or seen['a']"), ["projected rows; the target is 2"]),
 }  # fmt: skip
 
 
@@ -88,7 +108,13 @@ def test_a_wrong_attempt_is_told_one_fact(case: str) -> None:
         ("def total(comm, number):\n    comm.send(torch.zeros(1), to=comm.rank)", "to=0: rank 0 cannot exchange messages with itself"),
         ("def total(comm, number):\n    comm.send(torch.zeros(1), to=9)", "to=9: there are ranks 0 to 1"),
         ("import os\ndef total(comm, number):\n    os._exit(3)", "the cell's process ended: rank 0 died: exited with status 3"),
-        ("raise RuntimeError('oh')", "the cell fails: RuntimeError: oh"),
+        ("raise RuntimeError('oh')", "the cell fails: RuntimeError: oh (line 1"),
+        ("int('x')", "the cell fails: ValueError: invalid literal for int()"),
+        ("import sys\nsys.exit(3)", "the cell fails: SystemExit: 3"),
+        ("import sys\ndef total(comm, number):\n    sys.exit(3)", "rank 0 failed: SystemExit: 3 (line 3: sys.exit(3))"),
+        ("def total(comm, number):\n    raise ValueError('long\\n' * 500)", "rank 0 failed: ValueError: long long long"),
+        ("def total(comm, number: Missing):\n    return 1", "NameError: name 'Missing' is not defined"),
+        ("x = 'a\0b'", "null bytes"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_graded_says_why(source: str, text: str) -> None:
@@ -142,9 +168,55 @@ def test_right_on_the_toy_alone_is_not_solved() -> None:
         "return held.item()", "return held.item() if toy else 0.0"
     )
     assert (
-        "right on the toy, but on real ranks, rank 0: expected 10.0, got 0.0"
+        "right on the toy, but on 4 ranks with 23, 6, 17, 5, real ones, rank 0: expected 23, got 0"
         in judge(EXERCISES["00.tell"], source).text
     )
+
+
+def test_what_an_attempt_prints_is_kept_and_cut() -> None:
+    source = TELL.replace("held = ", "print('here is', comm.rank); held = ")
+    said = Desk({}).submit("00.tell", source)[0].splitlines()
+    assert said[:3] == ["rank 0: here is 0", "rank 1: here is 1", "rank 0: here is 0"]
+    assert said[-1].startswith("solved")
+    flood = "for line in range(100_000):\n    print(line)\n" + TELL
+    said = Desk({}).submit("00.tell", flood)[0].splitlines()
+    assert said[40] == "… and 99,960 lines more"
+    assert len(said) == 42
+
+
+def test_here_errors_are_told_too() -> None:
+    desk = Desk({})
+    assert (
+        "the cell fails: NameError: name 'oh' is not defined (line 1: oh)" in desk.submit("00.tell", "oh", here=True)[0]
+    )
+    assert "line 1: comm.nothing()" in desk.submit("00.tell", "def tell(comm, n): comm.nothing()", here=True)[
+        0
+    ].replace("def tell(comm, n): ", "")
+
+
+def test_a_picture_never_hides_a_verdict() -> None:
+    """Results that no axis can show: a text with a dollar sign, a tensor."""
+    for value in ("r'$\\x$'", "torch.ones(2)", "comm"):
+        said, figure = Desk({}).submit("00.tell", f"def tell(comm, n):\n    return {value}")
+        assert "expected 10, got" in said
+        assert figure is not None
+        assert png(figure).startswith(b"\x89PNG")
+
+
+def test_real_ranks_refuse_what_toy_ranks_refuse(ranks2: Ranks) -> None:
+    def to_nobody(comm, to: int) -> str:
+        try:
+            comm.send(torch.zeros(1), to=to)
+        except ValueError as error:
+            return str(error).replace("this group has", "there are")
+        return "sent"
+
+    for to in (-1, 0, 2):
+        toy = run_toy(lambda comm, _, to=to: to_nobody(comm, to) if comm.rank == 0 else None, [None, None])
+        real = ranks2.run(
+            lambda to=to: [to_nobody(comm, to) if comm.rank == 0 else None for comm in [context().comm()]][0]
+        )
+        assert toy.results[0] == real[0] != "sent"
 
 
 def program(comm, script: list[tuple[int, int]]) -> list[float]:

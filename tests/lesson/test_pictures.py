@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 
+import matplotlib.image
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,11 +23,12 @@ from minillm.viz.memory import draw_memory
 from minillm.viz.requests import draw_latency, draw_requests
 from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
-from minillm.viz.style import png
+from minillm.viz.style import new_figure, png
 from minillm.viz.timeline import draw_timeline, memory_steps
 from minillm.viz.traffic import draw_traffic, traffic_of
 from minillm.viz.waiting import draw_waiting
 from minillm.viz.walk import BATCHES, CONTEXTS, RooflineWalk, decode_cost
+from minillm.viz.whatif import WhatIf
 from minillm.viz.widget import InteractivePicture
 from minillm.viz.words import bytes_text, plain
 
@@ -176,6 +180,55 @@ def test_the_walk_is_worked_out_from_the_engines_own_formulas() -> None:
 def test_shapes_are_the_published_ones() -> None:
     counts = {name: round(config.parameters / 1e6) for name, config in SHAPES.items()}
     assert counts == {"SmolLM2-135M": 135, "Llama-2-7B": 6738, "Llama-3.1-8B": 8030, "Llama-3.1-70B": 70554}
+
+
+def test_a_picture_with_controls_answers_every_question() -> None:
+    """Even the same one twice, and one whose picture fails: the browser must never wait for ever."""
+
+    def draw(ranks: int, who_is_away: str) -> Figure:
+        if ranks == 9:
+            raise KeyError("nine")
+        return new_figure(1.0)[0]
+
+    view = WhatIf(draw, "What if?", ranks=[4, 2, 9], who_is_away=["nobody", "rank 0"])
+    assert still(view)
+    assert view.controls == {"ranks": [2, 4, 9], "who is away": ["nobody", "rank 0"]}
+    assert (view.first, view.drawn) == ({"ranks": 4, "who is away": "nobody"}, 1)
+    for ranks in (2, 4, 4, 9, 2):
+        number = view.drawn
+        view.asked = {"number": number + 1, "values": {"ranks": ranks, "who is away": "nobody"}}
+        assert view.drawn == number + 1
+        assert view.problem == ("KeyError: 'nine'" if ranks == 9 else "")
+    with pytest.raises(ValueError, match="at least one control"):
+        WhatIf(draw, "What if?")
+
+
+def test_a_timeline_of_one_run_is_not_touched_by_the_next() -> None:
+    run, view = run_of(), Timeline()
+    view.show(run)
+    count = len(run.spans)
+    view.push(run.spans[0])
+    assert len(run.spans) == count
+    assert len(view.spans) == 1
+    assert view.memory == []
+
+
+def test_bars_survive_many_tokens() -> None:
+    """White ticks and edges are left out where they would cover the bars."""
+    life = Life(0)
+    life.note(Event.ARRIVED, 0.0)
+    life.note(Event.STARTED, 0.1)
+    for number in range(1500):
+        life.note(Event.TOKEN, 1.0 + number / 100)
+    spans = [Span(0, Kind.DECODE, "decode", 1.0 + n / 100, 1.01 + n / 100) for n in range(1500)]
+    for figure in (draw_requests(Trace(lives=[life]), "A finding"), draw_timeline(Trace(spans), "A finding")):
+        pixels = plt_image(figure)
+        blue = (abs(pixels[..., 0] - 0.0) < 0.1) & (abs(pixels[..., 2] - 0.698) < 0.1)
+        assert blue.sum() > 20_000
+
+
+def plt_image(figure: Figure) -> np.ndarray:
+    return matplotlib.image.imread(io.BytesIO(png(figure)))
 
 
 def test_words() -> None:

@@ -19,6 +19,14 @@ def test_shown_as_it_is() -> None:
     assert find_symbol("minillm.model.cost.pass_cost").__name__ == "pass_cost"
 
 
+def test_a_property_has_source_and_a_constant_has_none() -> None:
+    assert "def intensity" in show_source("model.cost.Cost.intensity").text
+    for symbol in ("model.shapes.SHAPES", "trace.life.Event.TOKEN", "engine.engine.torch"):
+        with pytest.raises(ValueError, match="has no source of its own here") as caught:
+            show_source(symbol)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("symbol", ["engine.engine.Engine.nothing", "nothing", "", "engine..x"])
 def test_no_such_symbol(symbol: str) -> None:
     with pytest.raises(ValueError, match="there is no .* in minillm: write module.name"):

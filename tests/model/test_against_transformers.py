@@ -14,7 +14,7 @@ from minillm.kv.contiguous import ContiguousCache
 from minillm.model.batch import Batch, Chunk
 from minillm.model.config import ModelConfig, read_config
 from minillm.model.decoder import Decoder
-from minillm.model.linear import Linear
+from minillm.model.linear import Linear, pack
 from minillm.model.weights import load_weights
 
 BASE = {
@@ -104,10 +104,15 @@ def logits_in_chunks(decoder: Decoder, ids: list[int], cuts: list[int]) -> torch
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("name", GRID)
-def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
+def test_logits_equal_transformers(tmp_path: Path, name: str, packed: bool) -> None:
     reference = make(tmp_path, GRID[name])
     decoder = load(tmp_path)
+    if packed:
+        pack(decoder)
+        assert decoder.layers[0].self_attn.q_proj.weight.is_mkldnn
+        assert decoder.lm_head.weight.is_mkldnn != decoder.config.tied_embeddings
     ids = torch.randint(0, BASE["vocab_size"], (1, 70), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference(ids).logits[0]
@@ -145,14 +150,30 @@ def test_decode_of_several_sequences_in_any_slots(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_few_rows_are_multiplied_alike(rows: int, bias: bool) -> None:
+def test_rows_are_multiplied_alike(rows: int, bias: bool) -> None:
+    """By the BLAS, in the few-row way, and packed; a packed weight can be had back, and counts its bytes."""
     layer = Linear(24, 40, bias=bias)
     x = torch.randn(rows, 24)
     with torch.inference_mode():
         fast = layer(x)
         layer.few_rows = False
-        torch.testing.assert_close(fast, layer(x), atol=1e-5, rtol=1e-5)
+        plain, weight = layer(x), layer.weight.clone()
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+        layer.pack()
+        torch.testing.assert_close(layer(x), plain, atol=1e-5, rtol=1e-5)
     assert fast.is_contiguous()
+    assert torch.equal(layer.weight.to_dense(), weight)
+    assert layer.weight.nbytes == weight.nbytes
+
+
+def test_packing_can_be_switched_off() -> None:
+    layer = Linear(24, 40, bias=False)
+    layer.packed = False
+    layer.pack()
+    assert not layer.weight.is_mkldnn
+    half = Linear(24, 40, bias=False).to(torch.bfloat16)
+    half.pack()
+    assert not half.weight.is_mkldnn
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm import LLM, SamplingParams
+from minillm.kv.contiguous import ContiguousCache
+from minillm.model.batch import Batch, Chunk
+from minillm.model.decoder import Decoder
 from minillm.model.embedded import embedded_folder, find_gguf
+from minillm.model.linear import Linear
+from minillm.model.weights import load_weights
 
 TEXTS = [
     "The history of the Roman Empire begins",
@@ -19,6 +26,15 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM()
+
+
+@pytest.fixture(scope="module")
+def by_blas() -> Iterator[LLM]:
+    """The same model with the BLAS that transformers uses, for every product."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Linear, "packed", False)
+        patch.setattr(Linear, "few_rows", False)
+        yield LLM()
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +50,27 @@ def reference_tokenizer() -> object:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_logits_and_token_ids(llm: LLM, reference, reference_tokenizer, text: str) -> None:
+def test_logits_and_token_ids(llm: LLM, by_blas: LLM, reference, reference_tokenizer, text: str) -> None:
     ids = llm.tokenizer.encode(text)
     assert ids == reference_tokenizer(text)["input_ids"]
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(llm.score(ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(by_blas.score(ids), expected, atol=1e-4, rtol=0)
     assert torch.equal(llm.score(ids).argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_packed_products_err_as_little_as_float32_does(llm: LLM, reference, text: str) -> None:
+    """Against the same weights in float64: oneDNN adds up in another order than the BLAS, and no worse than twice as far off."""
+    exact = Decoder(llm.config)
+    load_weights(exact, llm.folder, torch.device("cpu"), torch.float64)
+    ids = llm.tokenizer.encode(text)
+    cache = ContiguousCache(llm.config, 1, len(ids), exact.device, exact.dtype)
+    truth = exact(Batch((Chunk(0, 0, tuple(ids)),)), cache, every_row=True)
+    with torch.no_grad():
+        theirs = (reference(torch.tensor([ids])).logits[0] - truth).abs().max()
+    assert theirs < 1e-4
+    assert (llm.score(ids) - truth).abs().max() < 2e-4
 
 
 def test_greedy_tokens(llm: LLM, reference) -> None:

@@ -7,9 +7,12 @@ from minillm.lesson.exercise import Case, RanksExercise
 NUMBER_BYTES = 4  # one float32
 
 
-def _cases(*sizes: int) -> tuple[Case, ...]:
-    numbers = [tuple(float(10 * (rank + 1)) for rank in range(size)) for size in sizes]
-    return tuple(Case(f"{len(each)} ranks with {', '.join(f'{n:g}' for n in each)}", each) for each in numbers)
+def _case(*numbers: float) -> Case:
+    return Case(f"{len(numbers)} ranks with {', '.join(f'{number:g}' for number in numbers)}", numbers)
+
+
+CASES = (_case(10.0, 20.0), _case(7.0, 1.0, 30.0), _case(4.0, 50.0, 9.0, 12.0))
+REAL = _case(23.0, 6.0, 17.0, 5.0)
 
 
 def shift_spec(case: Case) -> list[float]:
@@ -33,7 +36,8 @@ SHIFT = RanksExercise(
     function="shift",
     minutes=5,
     spec=shift_spec,
-    cases=_cases(2, 3, 4),
+    cases=CASES,
+    real=REAL,
     target=lambda case: NUMBER_BYTES * len(case.inputs),
     unit="bytes of messages",
     starter='''\
@@ -68,7 +72,8 @@ TELL = RanksExercise(
     function="tell",
     minutes=10,
     spec=tell_spec,
-    cases=_cases(2, 3, 4),
+    cases=CASES,
+    real=REAL,
     target=lambda case: NUMBER_BYTES * (len(case.inputs) - 1),
     unit="bytes of messages",
     starter='''\
@@ -99,7 +104,8 @@ TOTAL = RanksExercise(
     function="total",
     minutes=25,
     spec=total_spec,
-    cases=_cases(2, 3, 4),
+    cases=CASES,
+    real=REAL,
     target=lambda case: NUMBER_BYTES * 2 * (len(case.inputs) - 1),
     unit="bytes of messages",
     starter='''\

@@ -106,7 +106,7 @@ ENOUGH_BATCH = Exercise(
         Case("90 GFLOP/s, 30 GB/s, 4 bytes a number", (90e9, 30e9, 4)),
         Case("an A100: 312 TFLOP/s, 2,039 GB/s, 2 bytes a number", (312e12, 2039e9, 2)),
         Case("an H200: 989 TFLOP/s, 4,800 GB/s, 2 bytes a number", (989e12, 4800e9, 2)),
-        Case("computing that costs nothing at all, against 1 byte a number", (1e15, 1e12, 1)),
+        Case("a future device: 1,000 TFLOP/s, 1,000 GB/s, 1 byte a number", (1e15, 1e12, 1)),
     ),
     starter='''\
 def enough_batch(flops_per_s, bytes_per_s, number_bytes):

@@ -34,7 +34,13 @@ function render({ model, el }) {
       const field = element("input", { width: "110px", font: "inherit" }, line);
       Object.assign(field, { type: "number", min: low, max: high, step: "any", value: model.get("guess") ?? "" });
       field.setAttribute("aria-label", "your guess");
-      field.addEventListener("change", () => { if (+field.value > 0) set({ guess: Math.min(Math.max(+field.value, low), high) }); });
+      field.addEventListener("input", () => { // the button stays where it is while one types
+        if (!(+field.value > 0)) return;
+        model.set("guess", Math.min(Math.max(+field.value, low), high));
+        lock.disabled = false;
+        lock.style.opacity = 1;
+      });
+      field.addEventListener("keydown", (event) => { if (event.key === "Enter" && !lock.disabled) set({ locked: true }); });
       element("span", {}, line, `${unit} `);
     }
     const lock = button(line, "That is my guess", "fix the guess", () => { if (model.get("guess") !== null) set({ locked: true }); });
@@ -77,16 +83,17 @@ function render({ model, el }) {
       shape("line", { x1: x(v), x2: x(v), y1: 62, y2: 69, stroke: "#9a9a9a" }, svg);
       text(svg, x(v), 84, `${plain(v)} ${unit}`, LOOK.ink, 12.5);
     }
+    const anchor = (at) => (at > W - 160 ? "end" : at < 160 ? "start" : "middle");
     if (revealed()) {
       const truth = model.get("truth");
       shape("line", { x1: x(truth), x2: x(truth), y1: 30, y2: 62, stroke: LOOK.ink, "stroke-width": 4 }, svg);
-      text(svg, x(truth), 22, `measured ${plain(truth)} ${unit}`, LOOK.ink, 13);
+      text(svg, x(truth), 22, `measured ${plain(truth)} ${unit}`, LOOK.ink, 13, anchor(x(truth)));
     }
     if (model.get("guess") !== null) {
       const guess = model.get("guess"), clash = revealed() && Math.abs(x(guess) - x(model.get("truth"))) < 150;
       shape("line", { x1: x(guess), x2: x(guess), y1: 30, y2: 62, stroke: LOOK.guess, "stroke-width": 2.5, "stroke-dasharray": "5 4" }, svg);
       const right = clash && guess > model.get("truth"), left = clash && !right;
-      text(svg, x(guess) + (right ? 8 : left ? -8 : 0), clash ? 46 : 22, `your guess ${plain(guess)}`, LOOK.guess, 13, right ? "start" : left ? "end" : "middle");
+      text(svg, x(guess) + (right ? 8 : left ? -8 : 0), clash ? 46 : 22, `your guess ${plain(guess)}`, LOOK.guess, 13, right ? "start" : left ? "end" : anchor(x(guess)));
     }
     svg.addEventListener("click", (event) => {
       if (fixed()) return;
@@ -95,7 +102,7 @@ function render({ model, el }) {
       set({ guess: Number((low * (high / low) ** share).toPrecision(2)) });
     });
   }
-  for (const name of ["guess", "locked", "skipped", "truth", "picture", "why"]) model.on(`change:${name}`, draw);
+  for (const name of ["locked", "skipped", "truth", "picture", "why"]) model.on(`change:${name}`, draw);
   draw();
 }
 export default { render };

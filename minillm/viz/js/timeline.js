@@ -25,7 +25,7 @@ function render({ model, el }) {
   const spans = () => model.get("spans");
   const lanes = () => model.get("lanes");
   const memory = () => model.get("memory");
-  const whole = () => [0, Math.max(1e-9, ...spans().map((span) => span[3]))];
+  const whole = () => [0, spans().reduce((last, span) => Math.max(last, span[3]), 1e-9)];
   const seen = () => view ?? whole();
   const width = () => canvas.clientWidth || 900;
   const toX = (s) => LEFT + ((s - seen()[0]) / (seen()[1] - seen()[0])) * (width() - LEFT - RIGHT);
@@ -91,16 +91,20 @@ function render({ model, el }) {
   }
 
   // Categories stacked; each is a list of [time, bytes held from then on].
-  const held = (series, s) => { let last = 0; for (const [time, count] of series) if (time <= s) last = count; return last; };
-  const moments = () => [...new Set(memory().flatMap(([, series]) => series.map(([time]) => time)))].sort((a, b) => a - b);
-  const most = () => Math.max(1, ...moments().map((s) => memory().reduce((sum, [, series]) => sum + held(series, s), 0)));
+  const held = (series, s) => { let low = 0, high = series.length; while (low < high) { const mid = (low + high) >> 1; if (series[mid][0] <= s) low = mid + 1; else high = mid; } return low ? series[low - 1][1] : 0; };
+  let levels = []; // [time, bytes of each category], worked out once per change
+  function level() {
+    const times = [...new Set(memory().flatMap(([, series]) => series.map(([time]) => time)))].sort((a, b) => a - b);
+    levels = times.map((s) => [s, memory().map(([, series]) => held(series, s))]);
+  }
+  const most = () => levels.reduce((high, [, counts]) => Math.max(high, counts.reduce((a, b) => a + b, 0)), 1);
   function steps(pen, top) {
-    const times = moments(), high = most(), room = MEMORY - 16, bottom = top + MEMORY;
-    times.forEach((s, i) => {
+    const high = most(), room = MEMORY - 16, bottom = top + MEMORY;
+    levels.forEach(([s, counts], i) => {
       let base = 0;
-      const x0 = toX(s), x1 = toX(i + 1 < times.length ? times[i + 1] : whole()[1]);
-      for (const [category, series] of memory()) {
-        const size = (held(series, s) / high) * room;
+      const x0 = toX(s), x1 = toX(i + 1 < levels.length ? levels[i + 1][0] : whole()[1]);
+      for (const [place, [category]] of memory().entries()) {
+        const size = (counts[place] / high) * room;
         pen.fillStyle = LOOK.categories[category];
         pen.fillRect(x0, bottom - base - size, x1 - x0 + 0.5, size);
         base += size;
@@ -165,7 +169,10 @@ function render({ model, el }) {
 
   const watcher = new ResizeObserver(draw);
   watcher.observe(canvas);
-  for (const name of ["spans", "lanes", "memory", "finding", "caption"]) model.on(`change:${name}`, draw);
+  let waiting = false;
+  const soon = () => { if (!waiting) { waiting = true; requestAnimationFrame(() => { waiting = false; level(); draw(); }); } };
+  for (const name of ["spans", "lanes", "memory", "finding", "caption"]) model.on(`change:${name}`, soon);
+  level();
   return () => watcher.disconnect();
 }
 export default { render };

@@ -7,13 +7,13 @@ function render({ model, el }) {
   const image = element("img", { maxWidth: "100%", display: "block" }, box);
   image.alt = model.get("question");
   const problem = element("div", { color: LOOK.culprit, fontWeight: "bold" }, box);
-  const values = { ...model.get("values") };
+  const values = { ...model.get("first") };
   let busy = false, again = false;
 
   function send() {
     if (busy) { again = true; return; }
     busy = true;
-    model.set("values", { ...values });
+    model.set("asked", { number: model.get("drawn") + 1, values: { ...values } }); // never equal to the last one
     model.save_changes();
   }
   for (const [name, choices] of Object.entries(model.get("controls"))) {
