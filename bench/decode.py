@@ -22,6 +22,7 @@ from minillm.model.batch import Batch, Chunk
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
+from minillm.model.weights import load_weights
 
 ROUNDS, PROMPT, STEPS = 7, 128, 16
 
@@ -91,16 +92,16 @@ def bare_products(model: Decoder, rows: int) -> Callable[[], object]:
     return job
 
 
-def decode(llm: LLM, reference: Any, count: int) -> dict[str, Any]:
-    """Decode steps of `count` sequences: the engine, transformers, and the products alone with and without `few_rows`."""
+def decode(llm: LLM, plain: Decoder, reference: Any, count: int) -> dict[str, Any]:
+    """Decode steps of `count` sequences: the engine, transformers, its products alone, and those of the BLAS on `plain`."""
     theirs: list[float] = []
 
     def plain_products() -> None:
         Linear.few_rows = False
-        bare()
+        by_blas()
         Linear.few_rows = True
 
-    bare = bare_products(llm.model, count)
+    bare, by_blas = bare_products(llm.model, count), bare_products(plain, count)
     jobs = {
         "engine": engine_steps(llm.model, count),
         "transformers": reference_steps(reference, count, theirs),
@@ -154,7 +155,9 @@ def main() -> None:
     torch.set_num_threads(1)
     llm = LLM(device="cpu")
     reference = AutoModelForCausalLM.from_pretrained(llm.folder, dtype=torch.float32).eval()
-    figures: dict[str, Any] = {f"decode, batch {count}": decode(llm, reference, count) for count in (1, 2, 4, 16)}
+    plain = Decoder(llm.config)  # weights as the checkpoint has them
+    load_weights(plain, llm.folder, torch.device("cpu"), torch.float32)
+    figures: dict[str, Any] = {f"decode, batch {n}": decode(llm, plain, reference, n) for n in (1, 2, 4, 16)}
     figures["prefill, 512 tokens"] = prefill(llm, reference)
     for name, row in figures.items():
         times = ", ".join(f"{k} {v['median_ms']:.0f} ms" for k, v in row.get("step", row.get("time")).items())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import pdb
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -29,7 +32,8 @@ class Desk:
         Raises `ValueError` for an exercise that there is not.
         """
         exercise = find_exercise(name)
-        verdict = try_here(exercise, source) if here else judge(exercise, source)
+        with _pdb_at_breakpoints() if here else contextlib.nullcontext():
+            verdict = try_here(exercise, source) if here else judge(exercise, source)
         used, file = (source, "exercise") if verdict.solved else (exercise.solution, "solution")
         with contextlib.redirect_stdout(Printed()):  # what the cell prints was shown with the verdict
             self.namespace[exercise.function] = define(exercise, used, f"<{file} {name}>")
@@ -40,13 +44,23 @@ class Desk:
         if verdict.solved:
             return f"solved: {verdict.text}"
         lines = [f"not solved yet. {verdict.text}"]
-        if source.strip() != exercise.starter.strip():
+        if verdict.case is not None and source.strip() != exercise.starter.strip():  # it ran, and was tried
             failures = self.failures[exercise.name] = self.failures.get(exercise.name, 0) + 1
             lines += [f"hint: {hint}" for after, hint in zip((1, 3), exercise.hints) if failures >= after]
         lines.append(
             f'(about {exercise.minutes} minutes; solution("{exercise.name}") shows one. The lesson goes on with it.)'
         )
         return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _pdb_at_breakpoints() -> Iterator[None]:
+    """Let `breakpoint()` open pdb: a Jupyter kernel sends it to a debugger that may not be there."""
+    before, sys.breakpointhook = sys.breakpointhook, lambda *_, **__: pdb.Pdb(nosigint=True).set_trace(sys._getframe(1))
+    try:
+        yield
+    finally:
+        sys.breakpointhook = before
 
 
 def picture_of(exercise: Exercise, verdict: Verdict) -> Figure | None:

@@ -30,6 +30,7 @@ from minillm.lesson.exercise import (
 )
 from minillm.ranks.errors import Fault, RankError
 from minillm.ranks.membership import context
+from minillm.ranks.places import remember_cells
 from minillm.ranks.pool import Ranks
 
 TOY_LIMIT_S = 3.0  # for one case
@@ -56,6 +57,7 @@ def all_exercises() -> dict[str, Exercise]:
 def judge(exercise: Exercise, source: str) -> Verdict:
     """The verdict on a cell: on the toy in a process of its own, then on real ranks. Takes at most about 20 s."""
     filename = f"<exercise {exercise.name}>"
+    remember_cells({filename: source})
     with Ranks(1, device="cpu", timeout_s=LIMIT_S) as apart:
         try:
             verdict = apart.run(_judge_here, exercise.name, source, filename, limit_s=LIMIT_S)[0]

@@ -13,7 +13,12 @@ from pathlib import Path
 from minillm.lesson.workspace import fill
 
 FIRST_PORT, PORTS = 8888, 100
-_QUIET = {"fetchNews": "false", "checkForUpdates": False}  # no question about news, no request to the network
+_SETTINGS: dict[str, dict[str, object]] = {
+    # no question about news, no request to the network
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+    # a saved lesson shows its interactive pictures again before its kernel runs
+    "@jupyter-widgets/jupyterlab-manager/plugin.jupyterlab-settings": {"saveState": True},
+}
 
 
 def free_port(wanted: int | None) -> int:
@@ -39,11 +44,12 @@ def has_screen() -> bool:
 
 
 def quiet_settings(folder: Path) -> Path:
-    """A settings folder of the working copy, in which JupyterLab asks nothing at its start."""
-    file = folder / ".jupyter" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(_QUIET))
+    """A settings folder of the working copy: JupyterLab asks nothing at its start, and keeps widgets in saved notebooks."""
+    for name, values in _SETTINGS.items():
+        file = folder / ".jupyter" / name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values))
     return folder / ".jupyter"
 
 

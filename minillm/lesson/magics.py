@@ -54,7 +54,7 @@ def register(shell: Any) -> None:
         names = [word for word in words if word != "--here"]
         if len(names) != 1:
             raise ValueError(f"%%exercise {line}: name one exercise, such as %%exercise 00.total")
-        said, figure = desk.submit(names[0], cell, here)
+        said, figure = desk.submit(names[0], "\n" + cell, here)  # the magic's own line counts, as in the notebook
         print(said)
         if figure is not None:
             show(figure)

@@ -27,7 +27,7 @@ class Source:
         return "\n".join([f"{self.path}, line {self.first_line}", *numbered])
 
     def _repr_html_(self) -> str:
-        plain_text = "margin:2px 0;text-align:left;white-space:pre;overflow-x:auto;line-height:1.35"
+        plain_text = "background:white;color:#3b3b3b;margin:2px 0;text-align:left;white-space:pre;overflow-x:auto;line-height:1.35"
         style = HtmlFormatter(
             linenos="inline", linenostart=self.first_line, noclasses=True, nobackground=True, prestyles=plain_text
         )

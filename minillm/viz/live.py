@@ -102,7 +102,7 @@ def told(span: Span) -> str:
     lines = [f"rank {span.rank} · {span.name} · {plain(span.duration_s * 1e3)} ms"]
     if span.tokens:
         requests = ", ".join(map(str, span.request_ids[:8])) + (" …" if len(span.request_ids) > 8 else "")
-        lines.append(f"{span.tokens} tokens" + (f" of request {requests}" if requests else ""))
+        lines.append(f"{span.tokens} token{'s' * (span.tokens != 1)}" + (f" of request {requests}" if requests else ""))
     if span.flops:
         lines.append(f"{plain(span.flops / 1e9)} GFLOP, moves {bytes_text(span.memory_bytes)}")
     if span.message_bytes:

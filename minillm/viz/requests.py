@@ -20,6 +20,8 @@ ROOM = 1 / 250  # of the picture's width: the least a bar needs for a tick
 def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Figure:
     """A bar per request: waiting from its arrival, prefill, then decode with a tick for every token.
 
+    A gap between two tokens of more than twice the median one is drawn as waiting, all but one usual step of it.
+
     At most 40 requests are drawn, the first to arrive; the caption says so. Raises `ValueError` for a trace without any.
     """
     lives = _lives(trace)
@@ -44,16 +46,26 @@ def _draw_life(axis: Any, row: int, life: Life, start: float, scale: float, long
     """Waiting, prefill and decode of one request, `longest_s` being the seconds that the picture is wide."""
     began, tokens = life.first(Event.STARTED), life.token_s
     arrived = life.first(Event.ARRIVED)
+    others = _waits_between(life)
     for left, right, colour, hatch in (
         (arrived, began, WAITING, "////"),
         (began, tokens[0], PREFILL, None),
         (tokens[0], tokens[-1], DECODE, None),
+        *((a, b, WAITING, "////") for a, b in others),
     ):
         axis.barh(row, (right - left) * scale, left=(left - start) * scale, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
     ticks = [(when - start) * scale for when in tokens]
     if (len(tokens) - 1) * ROOM > (tokens[-1] - tokens[0]) / longest_s:
         return  # finer than the eye: ticks would cover the bar
     axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)
+
+
+def _waits_between(life: Life) -> list[tuple[float, float]]:
+    """Stretches between two tokens in which others were served: gaps of more than twice the usual one, but for a step."""
+    if len(life.token_s) < 4:
+        return []
+    usual = median(life.itl_s)
+    return [(a, b - usual) for a, b in zip(life.token_s, life.token_s[1:]) if b - a > 2 * usual]
 
 
 def draw_latency(trace: Trace, finding: str, caption: str | None = None, guess_times: float | None = None) -> Figure:
@@ -89,9 +101,13 @@ def draw_latency(trace: Trace, finding: str, caption: str | None = None, guess_t
             longest / 2, max(middle[1:]) + 0.05 * high, f"TPOT {plain(tpot)} ms: decode, one step a token", color=INK, fontsize=9.5
         )  # fmt: skip
     if guess_times is not None and longest > 1:
-        level = min(guess_times * median(middle[1:]), high * 1.1)
-        axis.hlines(level, 0.3, 3.5, color=GUESS, linestyle="--", linewidth=1.8)
-        axis.text(3.6, level, f"your guess {plain(guess_times)} ×", color=GUESS, va="center", fontsize=9.5)
+        level = guess_times * median(middle[1:])
+        top = max(high * 1.1, min(level * 1.1, high * 4))  # a guess far above is named, not drawn at a wrong height
+        axis.set_ylim(0, top)
+        text = f"your guess {plain(guess_times)} × TPOT" + (", far above ↑" if level > top else "")
+        if level <= top:
+            axis.hlines(level, 0.3, 3.5, color=GUESS, linestyle="--", linewidth=1.8)
+        axis.text(3.6, min(level, top * 0.96), text, color=GUESS, va="center", fontsize=9.5)
     return frame(figure, finding, caption_of(trace) if caption is None else caption)
 
 

@@ -63,15 +63,18 @@ def draw_roofline(
     axis.plot([low, ridge, high], [low * device.bytes_per_s / unit, peak / unit, peak / unit], color=INK, linewidth=2)
     axis.vlines(ridge, floor / unit, peak / unit, color=FAINT, linestyle=":", linewidth=1.2)
     axis.text(high / 1.05, peak / unit * 1.12, f"computes at most {_rate(peak)}", ha="right", va="bottom", color=INK)
-    for dot in dots:
+    before: Dot | None = None
+    for dot in sorted(dots, key=lambda dot: dot.intensity):
         axis.plot(dot.intensity, dot.flops_per_s / unit, "o", color=dot.colour, markersize=10, zorder=3)
         share = dot.flops_per_s / min(peak, dot.intensity * device.bytes_per_s)
         left = dot.intensity > (low * high**4) ** 0.2  # near the right edge, the words go to the dot's left
         axis.annotate(
             f"{dot.label}\n{share:.0%} of what the roof allows" if shares else dot.label, (dot.intensity, dot.flops_per_s / unit),
-            xytext=(-9 if left else 9, -3), textcoords="offset points", va="top", ha="right" if left else "left",
+            xytext=(-9 if left else 9, 6 if _near(before, dot) else -3), textcoords="offset points",
+            va="bottom" if _near(before, dot) else "top", ha="right" if left else "left",
             fontsize=9.5, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
+        before = dot
     axis.set(
         xscale="log", yscale="log", xlim=(low, high), ylim=(floor / unit, peak / unit * 3),
         xlabel="operations per byte of memory traffic", ylabel="TFLOP/s" if unit == 1e12 else "GFLOP/s",
@@ -82,6 +85,14 @@ def draw_roofline(
     axis.text(ridge, peak / unit * 1.12, ridge_text, ha="right", color=FAINT, fontsize=9.5)
     said = caption_of(trace, f"roof: {device.name}") if trace is not None else f"roof: {device.name}, {device.source}"
     return frame(figure, finding, said if caption is None else caption)
+
+
+def _near(before: Dot | None, dot: Dot) -> bool:
+    """Whether two dots would write over each other's words."""
+    if before is None:
+        return False
+    rates = sorted((before.flops_per_s, dot.flops_per_s))
+    return dot.intensity < 4 * before.intensity and rates[1] < 2 * rates[0]
 
 
 def _name_slope(axis: Any, device: Device, low: float, ridge: float, unit: float) -> None:

@@ -27,7 +27,12 @@ def draw_traffic(trace: Trace, finding: str, caption: str | None = None) -> Figu
     axis.barh(range(len(rows)), [count / size for *_, count in rows], height=0.66, color=COMMUNICATION)
     for place, (_, _, calls, count) in enumerate(rows):
         axis.text(
-            count / size, place, f"  {bytes_text(count)} in {calls:,} calls", va="center", color=INK, fontsize=9.5
+            count / size,
+            place,
+            f"  {bytes_text(count)} in {calls:,} call{'s' * (calls != 1)}",
+            va="center",
+            color=INK,
+            fontsize=9.5,
         )
     axis.set_yticks(range(len(rows)), [f"{name}, rank {rank}" for name, rank, *_ in rows])
     axis.set(xlabel=f"message bytes put in ({unit})", ylim=(max(len(rows), 1) - 0.4, -0.6))

@@ -16,7 +16,7 @@
 #
 # **Four processes run one program. What does each of them know, and what happens when they disagree?**
 #
-# 45 minutes, exercises included · needs nothing but this machine · comes before every other lesson
+# 45 minutes, and about 40 for the exercises · needs nothing but this machine · comes before every other lesson
 #
 # | term | 中文 | in one line |
 # |---|---|---|
@@ -143,9 +143,9 @@ stay_away = Predict(
     "00.stay_away", "Rank 2 stays away from the all_reduce. What will you see?",
     choices=(
         "a sum without rank 2's number",
-        "an error on rank 2",
+        "rank 2 reports an error of its own",
         "nothing, for a long time",
-        "an error that names rank 2",
+        "a report that blames rank 2",
     ),
 )
 stay_away
@@ -218,6 +218,8 @@ def meeting(ranks, who_stays_away):
             return number
         return comm.all_reduce(torch.tensor([number])).item()
 
+    if who_stays_away != "nobody" and int(who_stays_away[5:]) >= ranks:
+        raise ValueError(f"there is no {who_stays_away} among {ranks} ranks: take more ranks")
     run = run_toy(job, [float(rank) for rank in range(ranks)])
     if run.ended:
         return draw_messages(run, "Two messages for every rank but the first")
@@ -231,62 +233,12 @@ WhatIf(
 
 # %% [markdown]
 # Rank 0 has the most work, and the others wait for it in turn. Lesson 06 has a fairer way. What the engine itself calls
-# is this. Find the two lines that *publish* before they wait:
+# is this. Find the line that *notes* the operation on this rank's board before it waits (`enter`), and the one after:
 
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
 
 show_source("ranks.comm.Comm._run")
-
-# %% [markdown]
-# ## Your turn
-#
-# Change a frame and run its cell. You see your messages, and one fact about the smallest case that fails: first on toy
-# ranks, where a `send` returns only when the other side receives, then on real ones. The cell runs in a process of its
-# own, so nothing you write can hurt this notebook. `solution("00.shift")` shows a way, any time.
-#
-# **Shift** (about 5 minutes). Every rank gives its number to the right. In which order?
-
-# %% tags=["exercise"]
-# %%exercise 00.shift
-def shift(comm, number):
-    """Give your number to the right neighbour; return the left neighbour's."""
-    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    received = torch.zeros(1)
-    comm.send(torch.tensor([number]), to=right)
-    comm.recv(received, source=left)
-    return received.item()
-
-# %% [markdown]
-# **Tell** (about 10 minutes). Rank 0's number for everybody: a *broadcast* by hand.
-
-# %% tags=["exercise"]
-# %%exercise 00.tell
-def tell(comm, number):
-    """Rank 0's number, on every rank, with send and recv alone: a broadcast."""
-    held = torch.tensor([number])
-    # FILL IN (about 5 lines)
-    return held.item()
-
-# %% [markdown]
-# **Total** (about 25 minutes). The ring that never starts, from above. Repair it, so that *every* rank returns the sum,
-# with 2 (n - 1) messages for n ranks.
-
-# %% tags=["exercise"]
-# %%exercise 00.total
-def total(comm, number):
-    """The sum of all ranks' numbers, on every rank, with send and recv alone."""
-    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    held = torch.zeros(1)
-    comm.recv(held, source=left)
-    held += number
-    comm.send(held, to=right)
-    return held.item()
-
-# %%
-from minillm.lesson.desk import solution
-
-solution("00.shift")
 
 # %% [markdown]
 # ## Four ranks, four questions, one real model each
@@ -345,7 +297,59 @@ print(f"together      {sum(weights for _, weights, _ in answers):,} bytes for on
 # Four ranks, four full copies. For 135 million parameters that hardly matters. A model of 70 billion parameters in bfloat16 takes
 # 140 GB, and no single 80 GB GPU holds it. **The rest of the course is about not doing this**: cutting one model over
 # many ranks, and paying for it with messages.
+
+# %% [markdown]
+# ## Your turn
 #
+# Change a frame and run its cell. You see your messages, and one fact about the smallest case that fails: first on toy
+# ranks, where a `send` returns only when the other side receives, then on real ones. The cell runs in a process of its
+# own. `solution("00.shift")` shows a way, any time; with `%%exercise 00.tell --here` the toy ranks run in this notebook,
+# and `breakpoint()` stops in them.
+#
+# **Shift** (about 5 minutes). Every rank gives its number to the right. In which order?
+
+# %% tags=["exercise"]
+# %%exercise 00.shift
+def shift(comm, number):
+    """Give your number to the right neighbour; return the left neighbour's."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    received = torch.zeros(1)
+    comm.send(torch.tensor([number]), to=right)
+    comm.recv(received, source=left)
+    return received.item()
+
+# %% [markdown]
+# **Tell** (about 10 minutes). Rank 0's number for everybody: a *broadcast* by hand.
+
+# %% tags=["exercise"]
+# %%exercise 00.tell
+def tell(comm, number):
+    """Rank 0's number, on every rank, with send and recv alone: a broadcast."""
+    held = torch.tensor([number])
+    # FILL IN (about 5 lines)
+    return held.item()
+
+# %% [markdown]
+# **Total** (about 25 minutes). The ring that never starts, from above. Repair it, so that *every* rank returns the sum,
+# with 2 (n - 1) messages for n ranks.
+
+# %% tags=["exercise"]
+# %%exercise 00.total
+def total(comm, number):
+    """The sum of all ranks' numbers, on every rank, with send and recv alone."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    held = torch.zeros(1)
+    comm.recv(held, source=left)
+    held += number
+    comm.send(held, to=right)
+    return held.item()
+
+# %%
+from minillm.lesson.desk import solution
+
+# solution("00.shift")  # take the "#" away to see one
+
+# %% [markdown]
 # ## Passport
 #
 # A row is added with every lesson.

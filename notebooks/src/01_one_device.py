@@ -16,7 +16,7 @@
 #
 # **Why does the first word of an answer take so long, and the others so little?**
 #
-# 45 minutes, exercises included · comes after 00 · needs nothing but this machine
+# 45 minutes, and about 40 for the exercises · comes after 00 · needs nothing but this machine
 #
 # Two questions from lesson 00: what does a rank know of another rank's memory? And which rank is to blame when four
 # wait and one has gone home?
@@ -124,8 +124,9 @@ from minillm.viz.live import Timeline
 Timeline(trace, "One wide step reads the prompt, narrow steps write the answer")
 
 # %% [markdown]
-# Compare a prefill bar with a decode bar. Their *bytes* are nearly the same: either way, every weight is read once. Their
-# *operations* differ by the number of tokens. Operations per byte is the **intensity**, and the *roofline* says what it
+# Compare the prefill bar with a decode bar. Their *bytes* are much alike: either way every weight is read once, and the
+# prefill adds its activations. Their *operations* are more than a hundred times apart, nearly as many times as the
+# prompt has tokens. Operations per byte is the **intensity**, and the *roofline* says what it
 # is worth. A device computes at most F operations and moves at most B bytes per second, so work of intensity I runs at
 # min(F, I · B). Here are F and B of this very machine, measured now, and the run above as two dots:
 
@@ -141,7 +142,8 @@ show(draw_roofline(here, "float32", dots, "Prefill computes, decode reads", trac
 # %% [markdown]
 # **This is the one thing to take along.** Prefill hangs under the flat part: it waits for the arithmetic units. Decode
 # hangs under the slope: it waits for memory, and the arithmetic units idle. The dots stay below the roof because
-# norms, softmax and Python take time too, and small products do not reach the speed of large ones.
+# norms, softmax and Python take time too, and products of a few rows read memory more slowly than a plain sum does. So
+# read the roof as a bound, and expect a small model on a CPU to stay at half of it.
 #
 # ## Several requests in one step
 #
@@ -174,11 +176,11 @@ for count, run in runs.items():
     step_s[count] = median(span.duration_s for span in run.spans if span.kind is Kind.DECODE)
     dots += [dot for dot in measured_dots(run) if dot.label.startswith("decode")]
 
-finding = "A larger batch moves decode towards the roof's corner"
+finding = "Each further request of the batch moves decode to the right"
 batch.reveal(
     step_s[8] / step_s[1],
     "Eight requests need eight times the operations, but one reading of the weights. On a GPU the "
-    "factor is close to 1; a CPU leaves the slope early, as it computes little faster than it reads.",
+    "factor is close to 1; here the slope ends at three operations per byte, so it is more.",
     draw_roofline(here, "float32", dots, finding, trace=runs[8]),
 )
 
@@ -200,8 +202,8 @@ for count, run in runs.items():
     print(f"batch {count}: last TTFT {ttft_ms:5.0f} ms, TPOT {tpot_ms:4.0f} ms, {rate:5.1f} tokens/s")
 
 # %% [markdown]
-# Throughput rises with the batch, and so do TTFT (prompts queue for the same device) and TPOT (steps get longer, and
-# prefills of others stand in between). Who pays for the device wants large batches; who reads the answer wants small
+# From one request to several, throughput rises, and so do TTFT (prompts queue for the same device) and TPOT (steps get
+# longer, and prefills of others stand in between). Who pays for the device wants large batches; who reads the answer wants small
 # ones. Most of this course is about moving that line.
 #
 # ## Where the memory goes
@@ -226,14 +228,18 @@ from minillm.hardware.devices import find_device
 from minillm.model.shapes import SHAPES
 from minillm.viz.growth import draw_kv_growth
 
-name, finding = "Llama-3.1-8B", "With long contexts the KV cache outgrows the weights, then the device"
+name, finding = "Llama-3.1-8B", "With many long requests the KV cache outgrows weights and device"
 show(draw_kv_growth(name, SHAPES[name], find_device("H100"), (1, 16, 64), finding))
 
 # %% [markdown]
 # ## Break it
 #
-# Twenty of the cached tokens lose their values, as if their memory had been given to another request too early. **What
-# will the answer be?** An error, the same text, or something else?
+# Twenty of the cached tokens lose their values, as if their memory had been given to another request too early.
+
+# %%
+lost = Predict("01.lost_values", "Twenty cached values are lost. What comes out?",
+               choices=("an error", "the same answer", "noise", "a fluent answer that is wrong"))
+lost
 
 # %%
 from unittest.mock import patch
@@ -251,13 +257,13 @@ class Forgetful(ContiguousCache):
 with patch("minillm.engine.engine.ContiguousCache", Forgetful):
     print(llm.generate([prompt], SamplingParams(max_tokens=16))[0].text)
 
+# %%
+lost.reveal(3, "No error, no noise: caches fail silently. So every mode is checked token by token.")
+
 # %% [markdown]
-# No error: fluent text, and wrong. Caches fail silently. That is why every mode of this course is checked token by token
-# against one device.
-#
 # ## What if: the roofline walk
 #
-# One decode step on any device. **Before you move anything:** which of the two dots will a larger batch lift?
+# One decode step on any device. Which of the two dots will a larger batch lift? Then move it.
 
 # %%
 from minillm.viz.walk import RooflineWalk
@@ -266,16 +272,15 @@ RooflineWalk(here)
 
 # %% [markdown]
 # Move the batch to both ends: products with weights climb the slope and reach the flat part. Attention stays where it is, whatever
-# you do: every request reads *its own* cache, so nobody shares. Now pull the context up until attention takes most of
+# the batch: every request reads *its own* cache, so nobody shares. Now pull the context up until attention takes most of
 # the step. Then find a batch that does not fit into the device's memory.
 #
 # ## The loop
 #
-# All of this is one loop. Find the line where a request's tokens enter the cache, and the one where eight requests
-# become one batch.
+# All of this is one loop. Find the line that calls the model, and the one where eight requests become one batch.
 
 # %% tags=["nbval-ignore-output"]
-show_source("engine.engine.Engine.step")
+show_source("engine.engine.Engine.compute")
 
 # %% tags=["nbval-ignore-output"]
 show_source("engine.engine.Engine.schedule")
@@ -283,10 +288,10 @@ show_source("engine.engine.Engine.schedule")
 # %% [markdown]
 # ## Your turn
 #
-# Edit a frame and run its cell. You see your own run, and one fact about the smallest case that fails. The cell runs in
-# a process of its own, so nothing you write can hurt this notebook.
+# Edit a frame and run its cell: one fact about the smallest case that fails. It runs in a process of its own. With
+# `%%exercise 01.kv_cache --here` it runs in this one, and `breakpoint()` stops in it.
 #
-# **Bytes** (about 5 minutes).
+# **Bytes** (about 5 minutes). How much memory does a KV cache take?
 
 # %% tags=["exercise"]
 # %%exercise 01.kv_bytes
@@ -331,7 +336,7 @@ def last_output(x, cache, project):
 for name in ("T4", "A100 80GB", "H200"):
     device = find_device(name)
     batch_size = enough_batch(device.flops_per_s("float16"), device.bytes_per_s, 2)
-    print(f"{name}: decode computes as long as it reads from batch {batch_size} on")
+    print(f"{name}: from batch {batch_size} on, computing takes as long as reading")
 
 # %% [markdown]
 # ## Passport
@@ -345,7 +350,7 @@ for name in ("T4", "A100 80GB", "H200"):
 # > `--gpu-memory-utilization` decides how much memory is left for the KV cache, `--max-num-seqs` how large the batch may get.
 # >
 # > **Your devices.** No GPU: as here, float32 on one thread, with a ridge near 3 operations per byte. One GPU or more:
-# > the notebook runs on the first; in half precision its ridge lies near 200.
+# > the notebook runs on the first, in float32 as here; in half precision, which serving uses, its ridge lies near 200.
 # >
 # > **Papers.** Williams et al., *Roofline*, 2009 · Pope et al., *Efficiently Scaling Transformer Inference*, 2022 ·
 # > Shazeer, *Fast Transformer Decoding*, 2019 (fewer KV heads).

@@ -113,7 +113,7 @@ def test_lesson_00(browser: Any, lab: str) -> None:
     assert "No." not in asked.first.inner_text()  # Run All showed nothing early
     asked.first.locator("button", has_text="nothing, for a long time").click()
     asked.first.locator("button", has_text="That is my guess").click()
-    assert "No. It is (d) an error that names rank 2" in asked.last.inner_text()
+    assert "No. It is (d) a report that blames rank 2" in asked.last.inner_text()
     picture = page.locator(".minillm-card", has_text="An all-reduce as messages")
     read = "[...document.querySelectorAll('.minillm-card')].find((e) => e.innerText.includes('all-reduce as messages')).querySelector('img').src"
     before = page.evaluate(read)

@@ -142,7 +142,7 @@ def test_an_empty_trace_is_refused_in_one_line(name: str) -> None:
 
 def test_traffic_counts_calls_and_bytes() -> None:
     assert traffic_of(run_of()) == {"all_reduce": {0: (1, 2_300_000), 1: (1, 2_300_000)}}
-    assert "2.3 MB in 1 calls" in texts(draw_traffic(run_of(), "A finding"))
+    assert "2.3 MB in 1 call" in texts(draw_traffic(run_of(), "A finding"))
     assert "no messages" in texts(draw_traffic(Trace(run_of().spans[:1]), "A finding"))
 
 

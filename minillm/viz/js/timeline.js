@@ -6,8 +6,8 @@ const ROW = 34, TOP = 8, LEFT = 74, RIGHT = 12, AXIS = 38, MEMORY = 96;
 function render({ model, el }) {
   const { box, title } = card(el, model.get("finding"));
   const bar = element("div", { display: "flex", alignItems: "center", flexWrap: "wrap", marginBottom: "4px" }, box);
-  button(bar, "+", "zoom in", () => zoom(0.5, 0.5));
-  button(bar, "−", "zoom out", () => zoom(2, 0.5));
+  button(bar, "+", "zoom in", () => zoom(0.5, pointed));
+  button(bar, "−", "zoom out", () => zoom(2, pointed));
   button(bar, "all", "see the whole run", () => { view = null; draw(); });
   const hint = element("span", { color: LOOK.faint, fontSize: "12px", marginRight: "auto" }, bar, "drag to move, ctrl + wheel to zoom");
   const legend = element("span", { fontSize: "12px" }, bar);
@@ -20,6 +20,7 @@ function render({ model, el }) {
   }, box);
   tip.className = "minillm-tip";
   const caption = captionLine(box, model.get("caption"));
+  let pointed = 0.5; // where the mouse was last, of the picture's width: the buttons zoom there
   let view = null; // [from, to] in seconds; null for the whole run
 
   const spans = () => model.get("spans");
@@ -34,7 +35,7 @@ function render({ model, el }) {
   function zoom(factor, place) {
     const [from, to] = seen(), [first, last] = whole();
     const middle = from + place * (to - from), range = Math.min((to - from) * factor, last - first);
-    if (range < (last - first) / 5000) return;
+    if (range < (last - first) / 500) return;
     look(middle - place * range, range);
   }
   function look(from, range) {
@@ -142,6 +143,7 @@ function render({ model, el }) {
   }
 
   canvas.addEventListener("mousemove", (event) => {
+    pointed = Math.min(1, Math.max(0, (event.offsetX - LEFT) / (width() - LEFT - RIGHT)));
     const x = event.offsetX, y = event.offsetY, s = toS(x), lane = Math.floor((y - TOP) / ROW), slack = toS(x + 1) - s;
     const lower = TOP + ROW * lanes().length;
     const found = x > LEFT && spans().find(([on, , start, end]) => on === lane && start - slack <= s && s <= end + slack);
