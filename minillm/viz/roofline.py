@@ -82,7 +82,7 @@ def draw_roofline(
     plain_log(axis)
     _name_slope(axis, device, low, ridge, unit)
     ridge_text = f"ridge: {plain(ridge)} operations per byte"
-    axis.text(ridge, peak / unit * 1.12, ridge_text, ha="right", color=FAINT, fontsize=9.5)
+    axis.text(ridge * 1.06, peak / unit * 0.5, ridge_text, va="center", color=FAINT, fontsize=9.5)
     said = caption_of(trace, f"roof: {device.name}") if trace is not None else f"roof: {device.name}, {device.source}"
     return frame(figure, finding, said if caption is None else caption)
 
