@@ -59,7 +59,7 @@ def draw_roofline(
     peak, ridge = device.flops_per_s(dtype), device.ridge(dtype)
     low = min([0.2, *(dot.intensity / 2 for dot in dots)])
     high = max([16 * ridge, *(dot.intensity * 8 for dot in dots)])
-    floor = min([low * device.bytes_per_s, *(dot.flops_per_s for dot in dots)]) / 2
+    floor = min([low * device.bytes_per_s, *(dot.flops_per_s for dot in dots)]) / 3.5
     axis.plot([low, ridge, high], [low * device.bytes_per_s / unit, peak / unit, peak / unit], color=INK, linewidth=2)
     axis.vlines(ridge, floor / unit, peak / unit, color=FAINT, linestyle=":", linewidth=1.2)
     axis.text(high / 1.05, peak / unit * 1.12, f"computes at most {_rate(peak)}", ha="right", va="bottom", color=INK)
@@ -82,7 +82,7 @@ def draw_roofline(
     plain_log(axis)
     _name_slope(axis, device, low, ridge, unit)
     ridge_text = f"ridge: {plain(ridge)} operations per byte"
-    axis.text(ridge * 1.06, peak / unit * 0.5, ridge_text, va="center", color=FAINT, fontsize=9.5)
+    axis.text(ridge * 0.95, floor / unit * 1.2, ridge_text, ha="right", color=FAINT, fontsize=9.5)
     said = caption_of(trace, f"roof: {device.name}") if trace is not None else f"roof: {device.name}, {device.source}"
     return frame(figure, finding, said if caption is None else caption)
 
