@@ -67,7 +67,7 @@ class RooflineWalk(InteractivePicture):
 
 
 def draw_walk(
-    name: str, config: ModelConfig, device: Device, batches: Sequence[int] = (1, 8, 64, 512), context: int = 4096
+    name: str, config: ModelConfig, device: Device, batches: Sequence[int] = (1, 16, 64, 512), context: int = 4096
 ) -> Figure:
     """The same picture standing still: products at several batches, attention, on the roof of one device."""
     dtype = dtype_on(device)
