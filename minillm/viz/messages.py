@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from minillm.ranks.toy import ToyRun
 from minillm.viz.style import COMMUNICATION, CULPRIT, FAINT, INK, WAITING, frame, new_figure
-from minillm.viz.words import bytes_text
+from minillm.viz.words import bytes_text, plain
 
 
 def draw_messages(
@@ -28,7 +29,7 @@ def draw_messages(
             mine = [message.received_at for message in run.messages if rank in (message.source, message.target)]
             since = max(mine, default=0) + 0.5
             axis.barh(rank, end - since, left=since, height=0.42, color=WAITING, hatch="////", edgecolor="white", linewidth=0, zorder=2)  # fmt: skip
-        text, colour = _ending(run, rank, results or [str(each) for each in run.results], wrong or {})
+        text, colour = _ending(run, rank, results or [_said(each) for each in run.results], wrong or {})
         axis.text(end * 1.015, rank, text, va="center", color=colour, fontsize=10, parse_math=False)
     for message in run.messages:
         axis.add_patch(
@@ -47,6 +48,10 @@ def draw_messages(
         f"your run on toy ranks · time goes to the right · {count} message{'s' * (count != 1)}, {bytes_text(run.bytes)}"
     )
     return frame(figure, finding, said)
+
+
+def _said(result: Any) -> str:
+    return plain(result) if isinstance(result, (int, float)) else str(result)[:40]
 
 
 def _ending(run: ToyRun, rank: int, results: Sequence[str], wrong: Mapping[int, str]) -> tuple[str, str]:

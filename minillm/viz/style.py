@@ -6,6 +6,7 @@ Okabe-Ito colours, safe for colour-blind eyes; figures are drawn on white, so th
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def new_figure(height: float, columns: list[float] | None = None) -> tuple[Figur
 def frame(figure: Figure, finding: str, caption: str) -> Figure:
     """The finding, a sentence, above; clock, device, link and model below; both flush with the left edge."""
     figure.suptitle(finding, x=0.0, ha="left", fontsize=12.5, weight="bold", color=INK)
+    caption = "\n".join(textwrap.wrap(caption, 150)) or caption
     figure.supxlabel(caption, x=0.0, ha="left", fontsize=8.8, color=FAINT)
     return figure
 
