@@ -235,3 +235,13 @@ def has_open_messages(ranks: list[Rank]) -> bool:
         if notice.partner and not all(ranks[n].view.entered(notice.partner, notice.index) for n in notice.members):
             return True
     return any(notice.state is State.FAILED and rank.is_consequence for rank, notice in notices)
+
+
+def find_lost_connection(ranks: list[Rank]) -> Verdict | None:
+    """Every failed rank lost a connection and none says why."""
+    raised = sorted((rank for rank in ranks if rank.failure is not None), key=lambda rank: rank.raised_at_s)
+    if not raised:
+        return None
+    text = f"rank {raised[0].number} raised {raised[0].failure.headline}"  # type: ignore[union-attr]
+    places = {rank.number: rank.describe() for rank in ranks}
+    return Verdict(Fault.RAISED, [rank.number for rank in raised], text, places=places)

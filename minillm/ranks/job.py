@@ -6,11 +6,8 @@ missing, it waits until the others stand still, asks `diagnosis` for the culprit
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from itertools import groupby
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -23,18 +20,19 @@ from minillm.ranks.diagnosis import (
     find_fault,
     find_late,
     find_leftover,
+    find_lost_connection,
     find_unwatched,
     has_open_messages,
     stuck_ranks,
 )
 from minillm.ranks.errors import Fault, RankError, Stopped, Verdict
-from minillm.ranks.places import describe
+from minillm.ranks.inquiry import Inquiry
 from minillm.ranks.process import RankProcess
 from minillm.ranks.state import Life, Rank
+from minillm.ranks.streams import print_lines
 
 POLL_S = 0.05  # how often the boards are looked at while a call runs
 GRACE_S = 1.0  # after the first failure: how long other ranks may take to show where they stand
-ANSWER_S = 0.5  # how long a rank may take to say where it stands
 _RESTART = "The ranks start afresh at the next call; what they held in memory is gone."
 
 
@@ -63,7 +61,7 @@ class Job:
         self.failed_at: float | None = None
         self.steady: Any = None  # which ranks were stuck at the last look, and their ticks
         self.inside: tuple[float, dict[int, Any]] = (self.started, {})  # ranks in unwatched waits: how they stood then
-        self.question = 0
+        self.inquiry = Inquiry(processes)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Hand the message to every rank; one that died since the last call counts as dead."""
@@ -85,7 +83,7 @@ class Job:
             self._interrupted()
         for rank in self.ranks:
             self._read(rank)
-        verdict = find_fault(self.ranks) or self._connection_lost() or find_leftover(self.ranks)
+        verdict = find_fault(self.ranks) or find_lost_connection(self.ranks) or find_leftover(self.ranks)
         if verdict is not None:
             self._raise(verdict)
         self._print_lines()
@@ -135,7 +133,7 @@ class Job:
         elif kind == "event" and self.on_event is not None:
             self.on_event(rank.number, self._load(rank.number, body))
         elif kind == "line" and self.stream:
-            _print([(rank.number, body, message[2])])
+            print_lines([(rank.number, body, message[2])])
         elif kind == "line":
             self.lines[rank.number].append((body, message[2]))
 
@@ -182,17 +180,8 @@ class Job:
         assert self.failed_at is not None
         if not settled and now - self.failed_at < min(GRACE_S, self.timeout_s):
             return None
-        self._ask_where([rank for rank in self.ranks if rank.life is Life.RUNNING and rank.waits is None])
-        return find_fault(self.ranks) or self._connection_lost()
-
-    def _connection_lost(self) -> Verdict | None:
-        """Every failed rank lost a connection and none says why."""
-        raised = sorted((r for r in self.ranks if r.failure is not None), key=lambda rank: rank.raised_at_s)
-        if not raised:
-            return None
-        text = f"rank {raised[0].number} raised {raised[0].failure.headline}"  # type: ignore[union-attr]
-        places = {rank.number: rank.describe() for rank in self.ranks}
-        return Verdict(Fault.RAISED, [rank.number for rank in raised], text, places=places)
+        self.inquiry.ask([rank for rank in self.ranks if rank.life is Life.RUNNING and rank.waits is None])
+        return find_fault(self.ranks) or find_lost_connection(self.ranks)
 
     def _too_slow(self, now: float) -> Verdict | None:
         """The ranks do not get ready, or the call takes longer than its caller allows."""
@@ -203,7 +192,7 @@ class Job:
         if self.starting:
             text = f"the ranks were not ready within {self.limit_s:g} s"
         else:
-            self._ask_where(running)
+            self.inquiry.ask(running)
             text = f"the call was ended after {self.limit_s:g} s, its limit"
         return Verdict(Fault.LATE, late, text, places={rank.number: rank.describe() for rank in self.ranks})
 
@@ -222,7 +211,7 @@ class Job:
             stalled |= not ends and all(idle[n] for n in rank.waits.members)
         if not late and not stalled:
             return None
-        silent = self._ask_where([rank for rank in self.ranks if rank.life is Life.RUNNING])
+        silent = self.inquiry.ask([rank for rank in self.ranks if rank.life is Life.RUNNING])
         return find_late(self.ranks, sorted(late), silent, limit)
 
     def _unwatched(self, now: float) -> Verdict | None:
@@ -235,7 +224,7 @@ class Job:
         if self.starting or now - asked_at < limit or any(rank.waits is not None for rank in self.ranks):
             return None
         running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
-        self._ask_where(running)
+        self.inquiry.ask(running)
         spent = {rank.number: self.processes[rank.number].cpu_s for rank in running}
         inside = {r.number: (r.view.ticks, r.spots, spent[r.number]) for r in running if r.inside_torch}
         self.inside = (now, inside)
@@ -246,31 +235,8 @@ class Job:
         ]
         return find_unwatched(self.ranks, same, limit) if same else None
 
-    def _ask_where(self, ranks: list[Rank]) -> list[int]:
-        """Ask running ranks where their main thread stands; returns those that do not answer."""
-        self.question += 1
-        for rank in ranks:
-            with suppress(ConnectionError):
-                self.processes[rank.number].control.send(self.question)
-        end = time.monotonic() + ANSWER_S
-        return [rank.number for rank in ranks if not self._answers(rank, end)]
-
-    def _answers(self, rank: Rank, end: float) -> bool:
-        """Take a rank's answer to the present question, until `end`."""
-        process = self.processes[rank.number]
-        try:
-            while process.control.poll(max(0.0, end - time.monotonic())):
-                question, rank.spots, rank.inside_torch = process.control.recv()
-                if question == self.question:
-                    rank.place = f"runs {describe(*rank.spots[-1])}" if rank.spots else "runs"
-                    return True
-        except (EOFError, ConnectionError):
-            pass  # it died meanwhile; the next look will see it
-        rank.place = "does not answer: its process is stopped" if process.stopped else "does not answer"
-        return False
-
     def _print_lines(self) -> None:
-        _print([(number, stream, text) for number, lines in enumerate(self.lines) for stream, text in lines])
+        print_lines([(number, stream, text) for number, lines in enumerate(self.lines) for stream, text in lines])
         for lines in self.lines:
             lines.clear()
 
@@ -287,14 +253,7 @@ class Job:
         running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
         for rank in running:
             self._read(rank)
-        self._ask_where(running)
+        self.inquiry.ask(running)
         self._print_lines()
         places = "\n".join(f"  rank {rank.number}  {rank.describe()}" for rank in self.ranks)
         raise Stopped(f"the ranks were stopped; they stood at\n{places}\n\n{_RESTART}") from None
-
-
-def _print(lines: list[tuple[int, str, str]]) -> None:
-    """Print (rank, stream, text) lines, in as few writes as the streams allow."""
-    for stream, group in groupby(lines, key=lambda line: line[1]):
-        text = "".join(f"rank {rank}: {line}\n" for rank, _, line in group)
-        print(text, end="", file=sys.stderr if stream == "stderr" else sys.stdout, flush=True)
