@@ -23,7 +23,7 @@ from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
-from minillm.trace.life import Event, Life
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Span, Trace
 
@@ -174,7 +174,7 @@ class LLM:
             frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         )
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        life = Life(index, prompt_tokens=len(prompt))
+        life = RequestLife(index, prompt_tokens=len(prompt))
         life.note(Event.ARRIVED, now_s)
         return Request(index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), life)
 

@@ -36,6 +36,10 @@ def read_source(source: Path) -> Any:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02}"
         cell.metadata = {key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata}
+        if "exercise" in cell.metadata.get(
+            "tags", []
+        ):  # the source names it; its frame is written once, in the exercise
+            cell.source = f"{cell.source}\n{all_exercises()[cell.source.split()[1]].starter.rstrip()}"
     return notebook
 
 

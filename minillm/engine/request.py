@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import TextStream
-from minillm.trace.life import Event, Life
+from minillm.trace.life import Event, RequestLife
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RequestOutput:
     token_ids: list[int]
     text: str
     finish_reason: str | None
-    metrics: Life
+    metrics: RequestLife
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
     stops: frozenset[int]
     room: int
     decoder: TextStream
-    life: Life
+    life: RequestLife
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     shown: int = 0  # characters of `text` handed out already

@@ -10,7 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from minillm.lesson.exercise import Exercise, Verdict, define, first_difference, value_text
+from minillm.lesson.compare import first_difference, value_text
+from minillm.lesson.exercise import Exercise, Verdict, define
 from minillm.lesson.grading import Printed, find_exercise, judge, try_here
 from minillm.viz.difference import draw_difference
 from minillm.viz.messages import draw_messages

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from minillm.lesson.compare import first_difference, shorten, value_text
 from minillm.ranks.places import line_of_error, remember_cells
-from minillm.ranks.toy import ToyRun, run_toy
+from minillm.ranks.toy import run_toy
+from minillm.ranks.toy_world import ToyRun
 
 ALONE = "; the cell runs by itself: define in it what it uses (torch and math are there)"
-CLOSE = 1e-4  # relative, for float32 sums in another order
 
 
 @dataclass(frozen=True)
@@ -215,50 +216,3 @@ def difference_text(exercise: Exercise, found: tuple[int, tuple[int, ...], Any, 
     number, index, wanted, got = found
     place = exercise.place(number) + (f" at {list(index)}" if index else "")
     return f"{place}{': ' if place else ''}expected {value_text(wanted)}, got {value_text(got)}"
-
-
-def first_difference(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, tuple[int, ...], Any, Any] | None:
-    """The first output that differs, and where in it: (output, index, expected, got); None when all agree."""
-    for number, wanted in enumerate(expected):
-        have = got[number] if number < len(got) else None
-        if isinstance(wanted, torch.Tensor):
-            if not isinstance(have, torch.Tensor) or have.shape != wanted.shape:
-                return number, (), f"a tensor {list(wanted.shape)}", _kind(have)
-            off = ~torch.isclose(have.to(wanted.dtype), wanted, rtol=CLOSE, atol=CLOSE)
-            if off.any():
-                index = tuple(off.nonzero()[0].tolist())
-                return number, index, wanted[index].item(), have[index].item()
-        elif not _same(wanted, have):
-            return number, (), wanted, have
-    return None
-
-
-def _same(wanted: Any, have: Any) -> bool:
-    """Numbers by value, whole ones exactly, in a one-element tensor too; anything else is no result."""
-    if isinstance(have, torch.Tensor) and have.numel() == 1:
-        have = have.item()
-    if type(have) not in (int, float, bool):
-        return False
-    if isinstance(wanted, int) and float(have).is_integer():
-        return int(have) == wanted
-    return math.isclose(wanted, have, rel_tol=CLOSE, abs_tol=1e-9)
-
-
-def _kind(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else value_text(value)
-
-
-def value_text(value: Any) -> str:
-    """A result in a few words."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {list(value.shape)}" if value.numel() != 1 else value_text(value.item())
-    if isinstance(value, float):
-        return f"{value:,.6g}" if not value.is_integer() or abs(value) >= 1e15 else f"{int(value):,}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return shorten(" ".join(str(value).split()), 60)
-
-
-def shorten(text: str, most: int) -> str:
-    """At most so many characters."""
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -17,17 +17,8 @@ from typing import Any
 import torch
 
 import minillm.lesson.exercises as exercises
-from minillm.lesson.exercise import (
-    Exercise,
-    RanksExercise,
-    Verdict,
-    define,
-    difference_text,
-    first_difference,
-    grade,
-    shorten,
-    value_text,
-)
+from minillm.lesson.compare import first_difference, shorten, value_text
+from minillm.lesson.exercise import Exercise, RanksExercise, Verdict, define, difference_text, grade
 from minillm.ranks.errors import Fault, RankError
 from minillm.ranks.membership import context
 from minillm.ranks.places import remember_cells

@@ -62,7 +62,16 @@ def _own(spots: list[Spot]) -> list[Spot]:
 
 def line_of_error(error: BaseException) -> str:
     """The line of the user's own code in which an error came up; "" when there is none."""
-    spots = spots_of_traceback(error.__traceback__)
+    return _innermost(spots_of_traceback(error.__traceback__))
+
+
+def line_of_frame(frame: FrameType | None) -> str:
+    """The line of the user's own code in which a running frame stands; "" when there is none."""
+    return _innermost(spots_of_frame(frame))
+
+
+def _innermost(spots: list[Spot]) -> str:
+    """The innermost of a cell's places, or of all when no cell is among them."""
     cells = [spot for spot in spots if is_cell(spot[0])]
     return describe(*(cells or spots)[-1]) if spots else ""
 

@@ -8,134 +8,23 @@ who waits for what. It knows nothing of exercises.
 from __future__ import annotations
 
 import contextvars
-import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from minillm.ranks.places import Spot, describe, is_cell, line_of_error
-from minillm.ranks.watch import LIBRARY, shape_of
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message that was received: from rank `source` to `target`, in a "send" or inside a collective.
-
-    Times count the run's communication calls.
-    """
-
-    source: int
-    target: int
-    bytes: int
-    sent_at: int
-    received_at: int
-    operation: str = "send"
-
-
-@dataclass
-class ToyRun:
-    """What a run left: each rank's result, the messages, and what stopped it, if something did."""
-
-    results: list[Any]
-    messages: list[Message] = field(default_factory=list)
-    waits: dict[int, str] = field(default_factory=dict)  # ranks that could not go on: what they waited for
-    waits_for: dict[int, int] = field(default_factory=dict)
-    errors: dict[int, str] = field(default_factory=dict)  # ranks that raised: the error and its line
-    endless: dict[int, str] = field(default_factory=dict)  # the rank that did not end: its line
-
-    @property
-    def bytes(self) -> int:
-        """All bytes that were received."""
-        return sum(message.bytes for message in self.messages)
-
-    @property
-    def ended(self) -> bool:
-        """Whether every rank returned."""
-        return not (self.waits or self.errors or self.endless)
-
-
-class _Stuck(BaseException):
-    """Ends a rank that waits in vain; no `except Exception` of a learner catches it."""
-
-
-@dataclass
-class _Letter:
-    tensor: torch.Tensor
-    sent_at: int
-    taken: bool = False
-
-
-class _World:
-    """The ranks' threads and the baton: only its holder runs."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.run = ToyRun([None] * size)
-        self.boxes: dict[
-            tuple[int, int, int | str], list[_Letter]
-        ] = {}  # (source, target, tag or collective) -> letters
-        self.turn = 0
-        self.alive = set(range(size))
-        self.blocked: dict[int, tuple[str, int]] = {}
-        self.calls = 0
-        self.stuck = False
-        self.baton = threading.Condition()
-
-    def wait(self, rank: int, ready: Callable[[], bool], what: str, awaited: int) -> None:
-        """Hand the baton on until `ready()`; ends the rank when nobody can go on."""
-        with self.baton:
-            while not ready():
-                self.blocked[rank] = (f"{what} ({_line()})", awaited)
-                self._check_stuck()
-                self._pass_on(rank)
-                self.baton.wait_for(lambda: self.turn == rank or self.stuck)
-                if self.stuck and not ready():
-                    raise _Stuck
-            self.blocked.pop(rank, None)
-
-    def tick(self) -> int:
-        """Number a communication call."""
-        self.calls += 1
-        return self.calls
-
-    def woke(self, rank: int) -> None:
-        """What this rank waited for has come, if it waited."""
-        self.blocked.pop(rank, None)
-
-    def leave(self, rank: int) -> None:
-        """The rank has returned or raised."""
-        with self.baton:
-            self.alive.discard(rank)
-            self.blocked.pop(rank, None)
-            self._check_stuck()
-            self._pass_on(rank)
-
-    def _check_stuck(self) -> None:
-        if self.alive and not self.stuck and all(rank in self.blocked for rank in self.alive):
-            self.stuck = True
-            self.run.waits = {rank: what for rank, (what, _) in sorted(self.blocked.items())}
-            self.run.waits_for = {rank: other for rank, (_, other) in self.blocked.items()}
-
-    def _pass_on(self, rank: int) -> None:
-        """To the next rank that can go on, or to all when nobody can."""
-        order = [(rank + step) % self.size for step in range(1, self.size + 1)]
-        free = [other for other in order if other in self.alive and other not in self.blocked]
-        self.turn = free[0] if free else -1
-        self.baton.notify_all()
+from minillm.ranks.places import line_of_error, line_of_frame
+from minillm.ranks.toy_world import Letter, Message, Stuck, ToyRun, World
+from minillm.ranks.watch import shape_of
 
 
 class ToyComm:
     """The communicator of one toy rank: `rank`, `size`, and the calls of `Comm`."""
 
-    def __init__(self, world: _World, rank: int) -> None:
+    def __init__(self, world: World, rank: int) -> None:
         self._world, self.rank, self.size = world, rank, world.size
 
     def send(self, tensor: torch.Tensor, to: int, tag: int = 0) -> None:
@@ -186,7 +75,7 @@ class ToyComm:
 
     def _post(self, tensor: torch.Tensor, to: int, tag: int | str, what: str) -> None:
         self._check(to, "to")
-        letter = _Letter(tensor.detach().clone(), self._world.tick())
+        letter = Letter(tensor.detach().clone(), self._world.tick())
         self._world.boxes.setdefault((self.rank, to, tag), []).append(letter)
         self._world.woke(to)
         self._world.wait(self.rank, lambda: letter.taken, what, to)
@@ -215,9 +104,6 @@ class ToyComm:
             raise ValueError(f"{name}={other}: rank {self.rank} cannot exchange messages with itself")
 
 
-_OURS = (str(Path(__file__).resolve().parents[1]) + os.sep, *LIBRARY)
-
-
 def _checked(tag: int) -> int:
     if tag < 0:
         raise ValueError(f"tag={tag}: give a number from 0")
@@ -229,7 +115,7 @@ def run_toy(function: Callable[..., Any], inputs: Sequence[Any], limit_s: float 
 
     Such a rank's thread cannot be ended: do that in a process that can.
     """
-    world = _World(len(inputs))
+    world = World(len(inputs))
     threads = [
         threading.Thread(
             target=contextvars.copy_context().run,
@@ -247,37 +133,20 @@ def run_toy(function: Callable[..., Any], inputs: Sequence[Any], limit_s: float 
     busy = world.turn
     if any(thread.is_alive() for thread in threads) and busy >= 0:
         frame = sys._current_frames().get(threads[busy].ident or 0)
-        world.run.endless[busy] = _cell_line(frame) if frame is not None else "at an unknown line"
+        world.run.endless[busy] = line_of_frame(frame)
     return world.run
 
 
-def _live(world: _World, rank: int, function: Callable[..., Any], given: Any) -> None:
+def _live(world: World, rank: int, function: Callable[..., Any], given: Any) -> None:
     """A rank's life: wait for the baton, work, leave."""
     with world.baton:
         world.baton.wait_for(lambda: world.turn == rank or world.stuck)
     try:
         world.run.results[rank] = function(ToyComm(world, rank), given)
-    except _Stuck:
+    except Stuck:
         pass
     except BaseException as error:  # sys.exit too ends this rank, and nothing else
         message = " ".join(f"{type(error).__name__}: {error}".split())
         world.run.errors[rank] = f"{message[:100]} ({line_of_error(error)})"
     finally:
         world.leave(rank)
-
-
-def _line() -> str:
-    """Where in the learner's own code the running rank stands."""
-    return _cell_line(sys._getframe(1))
-
-
-def _cell_line(frame: FrameType) -> str:
-    return _innermost([(each.f_code.co_filename, line) for each, line in traceback.walk_stack(frame)])
-
-
-def _innermost(spots: list[Spot]) -> str:
-    """Of places from the innermost out: the first that is a cell's, else the first outside this package and threading."""
-    own = [spot for spot in spots if not spot[0].startswith(_OURS) and not spot[0].endswith("threading.py")]
-    cells = [spot for spot in own if is_cell(spot[0])]
-    best = (cells or own)[:1]
-    return describe(*best[0]) if best else "at an unknown line"

@@ -21,7 +21,7 @@ class Event(Enum):
 
 
 @dataclass
-class Life:
+class RequestLife:
     """What happened to one request, in order, in seconds of the host's monotonic clock."""
 
     request_id: int

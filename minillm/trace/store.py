@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from minillm.trace.life import Event, Life
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
 
 FORMAT, VERSION = "minillm trace", 2
@@ -76,13 +76,13 @@ def _sample(values: dict[str, Any]) -> MemorySample:
     return MemorySample(**{**values, "category": Category(values["category"])})
 
 
-def _life_row(life: Life) -> list[Any]:
+def _life_row(life: RequestLife) -> list[Any]:
     return [life.request_id, life.rank, life.prompt_tokens, [[event.value, when] for event, when in life.moments]]
 
 
-def _life(row: list[Any]) -> Life:
+def _life(row: list[Any]) -> RequestLife:
     request_id, rank, prompt_tokens, moments = row
-    return Life(request_id, rank, prompt_tokens, [(Event(what), when) for what, when in moments])
+    return RequestLife(request_id, rank, prompt_tokens, [(Event(what), when) for what, when in moments])
 
 
 def chrome_trace(trace: Trace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from minillm.trace.life import Life
+from minillm.trace.life import RequestLife
 
 
 class Kind(Enum):
@@ -91,7 +91,7 @@ class Trace:
     memory: list[MemorySample] = field(default_factory=list)
     clock: Clock = Clock.MEASURED
     about: dict[str, Any] = field(default_factory=dict)
-    lives: list[Life] = field(default_factory=list)
+    lives: list[RequestLife] = field(default_factory=list)
 
     @property
     def ranks(self) -> list[int]:

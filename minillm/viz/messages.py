@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from minillm.ranks.toy import ToyRun
+from minillm.ranks.toy_world import ToyRun
 from minillm.viz.style import COMMUNICATION, CULPRIT, FAINT, INK, WAITING, frame, new_figure
 from minillm.viz.words import bytes_text, plain
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from minillm.trace.life import Event, Life
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Trace
 from minillm.viz.style import DECODE, GUESS, INK, PREFILL, WAITING, frame, legend, new_figure
 from minillm.viz.words import caption_of, plain, time_unit
@@ -42,7 +42,7 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     return frame(figure, finding, caption_of(trace, more) if caption is None else caption)
 
 
-def _draw_life(axis: Any, row: int, life: Life, start: float, scale: float, longest_s: float) -> None:
+def _draw_life(axis: Any, row: int, life: RequestLife, start: float, scale: float, longest_s: float) -> None:
     """Waiting, prefill and decode of one request, `longest_s` being the seconds that the picture is wide."""
     began, tokens = life.first(Event.STARTED), life.token_s
     arrived = life.first(Event.ARRIVED)
@@ -60,7 +60,7 @@ def _draw_life(axis: Any, row: int, life: Life, start: float, scale: float, long
     axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)
 
 
-def _waits_between(life: Life) -> list[tuple[float, float]]:
+def _waits_between(life: RequestLife) -> list[tuple[float, float]]:
     """Stretches between two tokens in which others were served: gaps of more than twice the usual one, but for a step."""
     if len(life.token_s) < 4:
         return []
@@ -111,7 +111,7 @@ def draw_latency(trace: Trace, finding: str, caption: str | None = None, guess_t
     return frame(figure, finding, caption_of(trace) if caption is None else caption)
 
 
-def _lives(trace: Trace) -> list[Life]:
+def _lives(trace: Trace) -> list[RequestLife]:
     """The lives that got a token, by arrival."""
     lives = sorted((life for life in trace.lives if life.token_s), key=lambda life: life.first(Event.ARRIVED))
     if not lives:

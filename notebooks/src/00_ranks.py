@@ -310,24 +310,12 @@ print(f"together      {sum(weights for _, weights, _ in answers):,} bytes for on
 
 # %% tags=["exercise"]
 # %%exercise 00.shift
-def shift(comm, number):
-    """Give your number to the right neighbour; return the left neighbour's."""
-    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    received = torch.zeros(1)
-    comm.send(torch.tensor([number]), to=right)
-    comm.recv(received, source=left)
-    return received.item()
 
 # %% [markdown]
 # **Tell** (about 10 minutes). Rank 0's number for everybody: a *broadcast* by hand.
 
 # %% tags=["exercise"]
 # %%exercise 00.tell
-def tell(comm, number):
-    """Rank 0's number, on every rank, with send and recv alone: a broadcast."""
-    held = torch.tensor([number])
-    # FILL IN (about 5 lines)
-    return held.item()
 
 # %% [markdown]
 # **Total** (about 25 minutes). The ring that never starts, from above. Repair it, so that *every* rank returns the sum,
@@ -335,14 +323,6 @@ def tell(comm, number):
 
 # %% tags=["exercise"]
 # %%exercise 00.total
-def total(comm, number):
-    """The sum of all ranks' numbers, on every rank, with send and recv alone."""
-    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    held = torch.zeros(1)
-    comm.recv(held, source=left)
-    held += number
-    comm.send(held, to=right)
-    return held.item()
 
 # %%
 from minillm.lesson.desk import solution

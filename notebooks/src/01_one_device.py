@@ -295,9 +295,6 @@ show_source("engine.engine.Engine.schedule")
 
 # %% tags=["exercise"]
 # %%exercise 01.kv_bytes
-def kv_bytes(layers, kv_heads, head_dim, tokens, batch, number_bytes):
-    """Bytes of the KV cache of `batch` sequences of `tokens` tokens each."""
-    return 0  # FILL IN (one line)
 
 # %% [markdown]
 # **Which batch fills the device?** (about 10 minutes). The point where the slope meets the flat part, from two numbers
@@ -305,12 +302,6 @@ def kv_bytes(layers, kv_heads, head_dim, tokens, batch, number_bytes):
 
 # %% tags=["exercise"]
 # %%exercise 01.enough_batch
-def enough_batch(flops_per_s, bytes_per_s, number_bytes):
-    """The smallest batch at which computing a product takes at least as long as reading its weights.
-
-    A weight is read once per step, and every request of the batch does 2 operations with it.
-    """
-    return 1  # FILL IN (about 2 lines)
 
 # %% [markdown]
 # **The KV cache by hand** (about 25 minutes). The frame is right, but it projects every token again at every call. The
@@ -318,16 +309,6 @@ def enough_batch(flops_per_s, bytes_per_s, number_bytes):
 
 # %% tags=["exercise"]
 # %%exercise 01.kv_cache
-def last_output(x, cache, project):
-    """Attention of the last token of x [tokens, dim] to all tokens: [dim].
-
-    Called once for the prompt, then once for every further token; x then has one row more. `cache` is
-    a dict, empty at first, that stays the same from call to call. `project(rows)` gives q, k, v
-    [rows, dim] and is what costs time.
-    """
-    q, k, v = project(x)
-    weights = torch.softmax(q[-1] @ k.T / math.sqrt(q.shape[1]), dim=-1)
-    return weights @ v
 
 # %% [markdown]
 # Your `enough_batch` (or, until it is solved, the course's) for three devices:

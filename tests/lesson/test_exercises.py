@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 
 from minillm import Ranks, context
+from minillm.lesson.compare import first_difference
 from minillm.lesson.desk import Desk, solution
-from minillm.lesson.exercise import first_difference
 from minillm.lesson.grading import all_exercises, judge
 from minillm.ranks.toy import run_toy
 from minillm.viz.style import png

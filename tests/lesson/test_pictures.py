@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from minillm import RankError, Ranks
 from minillm.hardware.devices import DEVICES
 from minillm.model.shapes import SHAPES
-from minillm.trace.life import Event, Life
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
 from minillm.viz.live import Timeline
 from minillm.viz.memory import draw_memory
@@ -93,7 +93,7 @@ def run_of(ranks: int = 2) -> Trace:
         )
     whole = Trace.of_ranks(traces)
     for number in range(3):
-        life = Life(number, prompt_tokens=64)
+        life = RequestLife(number, prompt_tokens=64)
         for event, when in (
             (Event.ARRIVED, 5.0),
             (Event.STARTED, 5.1 + number / 10),
@@ -215,7 +215,7 @@ def test_a_timeline_of_one_run_is_not_touched_by_the_next() -> None:
 
 def test_bars_survive_many_tokens() -> None:
     """White ticks and edges are left out where they would cover the bars."""
-    life = Life(0)
+    life = RequestLife(0)
     life.note(Event.ARRIVED, 0.0)
     life.note(Event.STARTED, 0.1)
     for number in range(1500):

@@ -21,7 +21,7 @@ from minillm.model.batch import Batch, Chunk
 from minillm.model.cost import pass_cost
 from minillm.model.linear import Linear
 from minillm.trace.allocations import peak_of
-from minillm.trace.life import Event, Life
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.recorder import Recorder
 from minillm.trace.store import chrome_trace, load_trace, save_chrome_trace, save_trace
 from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
@@ -33,7 +33,7 @@ SPANS = st.builds(
 )  # fmt: skip
 SAMPLES = st.builds(MemorySample, st.integers(0, 7), st.sampled_from(Category), times, st.integers(0, 2**50))
 LIVES = st.builds(
-    Life,
+    RequestLife,
     st.integers(0, 99),
     st.integers(0, 7),
     st.integers(0, 99),
@@ -198,7 +198,7 @@ def test_lives(llm: LLM, tmp_path: Path) -> None:
     save_trace(llm.trace, tmp_path / "t")
     assert load_trace(tmp_path / "t") == llm.trace
     with pytest.raises(ValueError, match="request 7 has not token yet"):
-        Life(7).first(Event.TOKEN)
+        RequestLife(7).first(Event.TOKEN)
 
 
 def test_spans_are_told_as_they_end(llm: LLM) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from minillm.lesson.exercise import Case, RanksExercise
 
 NUMBER_BYTES = 4  # one float32
@@ -31,15 +34,23 @@ def total_spec(case: Case) -> list[float]:
     return [sum(case.inputs)] * len(case.inputs)
 
 
-SHIFT = RanksExercise(
+def _exercise(messages: Callable[[int], int], **fields: Any) -> RanksExercise:
+    """An exercise on the cases of this lesson; `messages` of one number each are enough for so many ranks."""
+    return RanksExercise(
+        cases=CASES,
+        real=REAL,
+        target=lambda case: NUMBER_BYTES * messages(len(case.inputs)),
+        unit="bytes of messages",
+        **fields,
+    )
+
+
+SHIFT = _exercise(
     name="00.shift",
     function="shift",
     minutes=5,
     spec=shift_spec,
-    cases=CASES,
-    real=REAL,
-    target=lambda case: NUMBER_BYTES * len(case.inputs),
-    unit="bytes of messages",
+    messages=lambda ranks: ranks,
     starter='''\
 def shift(comm, number):
     """Give your number to the right neighbour; return the left neighbour's."""
@@ -67,15 +78,12 @@ def shift(comm, number):
     ),
 )
 
-TELL = RanksExercise(
+TELL = _exercise(
     name="00.tell",
     function="tell",
     minutes=10,
     spec=tell_spec,
-    cases=CASES,
-    real=REAL,
-    target=lambda case: NUMBER_BYTES * (len(case.inputs) - 1),
-    unit="bytes of messages",
+    messages=lambda ranks: ranks - 1,
     starter='''\
 def tell(comm, number):
     """Rank 0's number, on every rank, with send and recv alone: a broadcast."""
@@ -99,15 +107,12 @@ def tell(comm, number):
     ),
 )
 
-TOTAL = RanksExercise(
+TOTAL = _exercise(
     name="00.total",
     function="total",
     minutes=25,
     spec=total_spec,
-    cases=CASES,
-    real=REAL,
-    target=lambda case: NUMBER_BYTES * 2 * (len(case.inputs) - 1),
-    unit="bytes of messages",
+    messages=lambda ranks: 2 * (ranks - 1),
     starter='''\
 def total(comm, number):
     """The sum of all ranks' numbers, on every rank, with send and recv alone."""
