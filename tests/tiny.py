@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minillm.model.config import parse_config
 from minillm.model.decoder import Decoder
-from minillm.model.weights import checkpoint_name
+from minillm.model.weights import as_checkpoint
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -27,11 +27,9 @@ def make_checkpoint(folder: Path, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(values))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, parameter in Decoder(parse_config(values)).named_parameters():
+    for name, parameter in as_checkpoint(Decoder(parse_config(values))).items():
         ones = 1.0 if "norm" in name else 0.0
-        tensors[checkpoint_name(name)] = ones + torch.randn(parameter.shape, generator=generator) * (
-            0.1 if ones else 0.3
-        )
+        tensors[name] = ones + torch.randn(parameter.shape, generator=generator) * (0.1 if ones else 0.3)
     save_file(tensors, folder / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: number for number, character in enumerate(alphabet)} | {"<end>": 256}

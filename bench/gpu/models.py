@@ -14,6 +14,7 @@ from minillm.model.batch import Batch, Chunk
 from minillm.model.config import ModelConfig
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
+from minillm.model.weights import as_checkpoint
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Trace
 
@@ -46,10 +47,7 @@ def reference_of(model: Decoder) -> Any:
     )  # fmt: skip
     with torch.device("meta"):
         reference = LlamaForCausalLM(config)
-    weights = {
-        name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.named_parameters()
-    }
-    reference.load_state_dict(weights, strict=False, assign=True)
+    reference.load_state_dict(as_checkpoint(model), strict=False, assign=True)
     if c.tied_embeddings:
         reference.lm_head.weight = reference.model.embed_tokens.weight
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config=config).to(model.device)

@@ -1,7 +1,8 @@
 """The plain decoder: one device, no parallelism, every line of a transformer's forward pass in one file.
 
-Llama, Qwen2 and Qwen3. Parameter names are the checkpoint's own. Modes of parallelism are *applied to* this model
-elsewhere; it knows nothing of ranks. How tokens see the cache is in `attention.py`. Weights come from `weights.load_weights`; the module is built without storage.
+Llama, Qwen2 and Qwen3. Products that share their input are one product: `qkv_proj` and `gate_up_proj`; otherwise names
+are the checkpoint's own. Modes of parallelism are *applied to* this model elsewhere; it knows nothing of ranks. How
+tokens see the cache is in `attention.py`. Weights come from `weights.load_weights`; the module is built without storage.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        exact = x.float()
+        return self.weight * (exact * (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt_()).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -37,20 +39,18 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.heads, self.kv_heads = config.heads, config.kv_heads
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, key, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, key, bias=config.qkv_bias)
+        self.qkv_proj = Linear(config.hidden_size, query + 2 * key, bias=config.qkv_bias)
         self.o_proj = Linear(query, config.hidden_size, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, step: Step, cache: ContiguousCache) -> torch.Tensor:
         tokens = x.shape[0]
-        q = self.q_norm(self.q_proj(x).view(tokens, -1, self.head_dim))  # [tokens, heads, head_dim]
-        k = self.k_norm(self.k_proj(x).view(tokens, -1, self.head_dim))  # [tokens, kv_heads, head_dim]
-        v = self.v_proj(x).view(tokens, -1, self.head_dim)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # each [tokens, its heads, head_dim]
+        q, k = rotate(self.q_norm(q), step.cos, step.sin), rotate(self.k_norm(k), step.cos, step.sin)
         return self.o_proj(attention(self.layer, q, k, v, step, cache).view(tokens, -1))
 
 
@@ -59,12 +59,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
 
 
 class Layer(nn.Module):

@@ -15,6 +15,7 @@ from minillm.model.checkpoint import Tensors
 from minillm.model.decoder import Decoder
 
 Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+_MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints store what `rope.py` computes
 
 
@@ -23,9 +24,25 @@ def whole(name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
     return ()
 
 
-def checkpoint_name(name: str) -> str:
-    """A decoder parameter's name in a Hugging Face checkpoint."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
+def checkpoint_names(name: str) -> list[str]:
+    """The tensors of a Hugging Face checkpoint whose rows, one after the other, are a decoder's parameter."""
+    name = name if name.startswith("lm_head.") else f"model.{name}"
+    merged = next((module for module in _MERGED if f".{module}." in name), None)
+    return [name.replace(merged, part) for part in _MERGED[merged]] if merged else [name]
+
+
+def as_checkpoint(model: Decoder) -> dict[str, torch.Tensor]:
+    """The weights under a checkpoint's names; merged ones are cut again into views of their rows."""
+    config = model.config
+    tensors: dict[str, torch.Tensor] = {}
+    head_rows = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
+    for name, parameter in model.named_parameters():
+        sources = checkpoint_names(name)
+        sizes = [parameter.shape[0] // len(sources)] * len(sources)
+        if "qkv_proj" in name:
+            sizes = [heads * config.head_dim for heads in head_rows.values()]
+        tensors.update(zip(sources, parameter.split(sizes)))
+    return tensors
 
 
 def load_weights(
@@ -33,22 +50,26 @@ def load_weights(
 ) -> int:
     """Give every parameter of `model` its values, on `device` in `dtype`; returns the bytes read.
 
-    `cut(name, whole shape)` says which part of a tensor is this model's; the parameter's shape must be that part's.
+    `cut(name, whole shape)` says which part of a checkpoint's tensor is this model's (name without "model."); the
+    parameter's shape must be those parts'.
     `complete` demands that the model uses every tensor of the checkpoint. Raises `ValueError` for a tensor that is
     missing, left over, or of another shape than config.json says.
     """
     tensors = Tensors(folder)
     used = set()
     for name, parameter in list(model.named_parameters()):  # tied weights come once
-        source = checkpoint_name(name)
-        part = cut(name, tensors.shape(source))
-        values = tensors.read(source, part)
-        if values.shape != parameter.shape:
+        sources = checkpoint_names(name)
+        parts = [tensors.read(source, cut(source.removeprefix("model."), tensors.shape(source))) for source in sources]
+        rows = sum(part.shape[0] for part in parts)
+        if any((rows, *part.shape[1:]) != parameter.shape for part in parts):
+            found = " and ".join(str(list(part.shape)) for part in parts)
             raise ValueError(
-                f"{folder}: {source} is {list(values.shape)}, but config.json makes it {list(parameter.shape)}"
+                f"{folder}: {' and '.join(sources)} is {found}, but config.json makes it {list(parameter.shape)}"
             )
-        _assign(model, name, values.to(device=device, dtype=dtype, copy=True))  # a mapped file would be shared by ranks
-        used.add(source)
+        values = torch.empty_like(parameter, device=device, dtype=dtype)  # a mapped file would be shared by ranks
+        torch.cat([part.to(device=device, dtype=dtype) for part in parts], out=values)
+        _assign(model, name, values)
+        used.update(sources)
     if model.config.tied_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
         used.add("lm_head.weight")

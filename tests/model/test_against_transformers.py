@@ -111,7 +111,7 @@ def test_logits_equal_transformers(tmp_path: Path, name: str, packed: bool) -> N
     decoder = load(tmp_path)
     if packed:
         pack(decoder)
-        assert decoder.layers[0].self_attn.q_proj.weight.is_mkldnn
+        assert decoder.layers[0].self_attn.qkv_proj.weight.is_mkldnn
         assert decoder.lm_head.weight.is_mkldnn != decoder.config.tied_embeddings
     ids = torch.randint(0, BASE["vocab_size"], (1, 70), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -70,6 +70,10 @@ def test_missing_surplus_and_misshapen_tensors(folder: Path) -> None:
     refused(folder, "holds model.layers.0.self_attn.q_proj.bias")
     save_file({**tensors, "model.norm.weight": torch.zeros(31)}, file)
     refused(folder, r"model.norm.weight is \[31\], but config.json makes it \[32\]")
+    save_file({**tensors, "model.layers.0.mlp.up_proj.weight": torch.zeros(47, 32)}, file)
+    refused(
+        folder, r"gate_proj.weight and model.*up_proj.weight is .* and \[47, 32\], but config.json makes it \[96, 32\]"
+    )
 
 
 def test_files_beside_the_model_are_left_alone(folder: Path) -> None:
