@@ -17,12 +17,12 @@ from harness import ratio, save, side_by_side, summary
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from minillm import LLM
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm.kv.paged import PagedCache
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
 from minillm.model.weights import load_weights
+from minillm.policy.batch import Batch, Chunk
 
 ROUNDS, PROMPT, STEPS = 7, 128, 16
 
@@ -34,14 +34,14 @@ def prompts(count: int, length: int) -> list[list[int]]:
 
 def engine_steps(model: Decoder, count: int) -> Callable[[], object]:
     """`STEPS` decode steps of `count` sequences that have `PROMPT` tokens in the cache, sampling included."""
-    cache = ContiguousCache(model.config, count, PROMPT + STEPS, model.device, model.dtype)
+    cache = PagedCache(model.config, count, PROMPT + STEPS, model.device, model.dtype)
     for slot, ids in enumerate(prompts(count, PROMPT)):
-        model(Batch((Chunk(slot, 0, tuple(ids)),)), cache)
+        model(Batch((Chunk(slot, 0, tuple(ids), (slot,)),)), cache)
 
     def job() -> None:
         tokens = [5] * count
         for step in range(STEPS):
-            batch = Batch(tuple(Chunk(slot, PROMPT + step, (token,)) for slot, token in enumerate(tokens)))
+            batch = Batch(tuple(Chunk(slot, PROMPT + step, (token,), (slot,)) for slot, token in enumerate(tokens)))
             tokens = [int(row.argmax()) for row in model(batch, cache)]
 
     return job
@@ -123,8 +123,8 @@ def decode(llm: LLM, plain: Decoder, reference: Any, count: int) -> dict[str, An
 def prefill(llm: LLM, reference: Any, length: int = 512) -> dict[str, Any]:
     """One prompt of `length` tokens up to its first token's logits, beside transformers and the machine's GEMM rate."""
     ids = prompts(1, length)[0]
-    batch = Batch((Chunk(0, 0, tuple(ids)),))
-    cache = ContiguousCache(llm.config, 1, length, llm.model.device, llm.model.dtype)
+    batch = Batch((Chunk(0, 0, tuple(ids), (0,)),))
+    cache = PagedCache(llm.config, 1, length, llm.model.device, llm.model.dtype)
     square = torch.randn(1024, 1024)
     jobs = {
         "engine": lambda: llm.model(batch, cache),

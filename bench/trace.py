@@ -18,12 +18,22 @@ from minillm.trace.recorder import Recorder
 ROUNDS, STEPS = 15, 24
 
 
+def prefilled(llm: LLM, count: int, params: SamplingParams, timing: bool) -> Engine:
+    """An engine in which `count` requests decode."""
+    engine = Engine(llm.model, llm.options, Recorder(timing=timing))
+    requests = llm._requests([[5] * 64] * count, params)
+    for number, request in enumerate(requests):
+        request.scheduled.request_id = number
+    engine.add(requests)
+    while any(request.scheduled.remaining > 1 for request in requests):
+        engine.step()
+    return engine
+
+
 def decode_step(llm: LLM, count: int, timing: bool) -> Any:
     """A job: `STEPS` decode steps of `count` sequences through schedule, run and postprocess."""
     params = SamplingParams(max_tokens=STEPS * (ROUNDS + 1) + 2, ignore_eos=True)
-    engine = Engine(llm.model, llm._requests([[5] * 64] * count, params), Recorder(timing=timing))
-    for _ in range(count):
-        engine.step()  # the prefills
+    engine = prefilled(llm, count, params, timing)
 
     def job() -> None:
         for _ in range(STEPS):
@@ -34,9 +44,7 @@ def decode_step(llm: LLM, count: int, timing: bool) -> Any:
 
 def recording_alone(llm: LLM, count: int) -> float:
     """Seconds that one step's span takes by itself, its formulas included."""
-    engine = Engine(llm.model, llm._requests([[5] * 64] * count, SamplingParams(max_tokens=9)), Recorder())
-    for _ in range(count):
-        engine.step()
+    engine = prefilled(llm, count, SamplingParams(max_tokens=9), True)
     batch = engine.schedule()
 
     def job() -> None:

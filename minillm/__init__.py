@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what the names are; nothing is imported when the program ru
     from minillm.llm import LLM as LLM
     from minillm.model.sampling import SamplingParams as SamplingParams
     from minillm.parallel.layout import Layout as Layout
+    from minillm.policy.options import EngineOptions as EngineOptions
     from minillm.ranks.errors import RankError as RankError
     from minillm.ranks.membership import context as context
     from minillm.ranks.pool import Ranks as Ranks
@@ -19,6 +20,7 @@ _HOME = {
     "LLM": "minillm.llm",
     "SamplingParams": "minillm.model.sampling",
     "Layout": "minillm.parallel.layout",
+    "EngineOptions": "minillm.policy.options",
     "Ranks": "minillm.ranks",
     "RankError": "minillm.ranks",
     "context": "minillm.ranks",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 
 from minillm.engine.engine import Engine
 from minillm.engine.request import Piece, Request, RequestOutput
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
 from minillm.model.config import DTYPE_BYTES, read_config
 from minillm.model.decoder import Decoder
@@ -23,7 +23,10 @@ from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
-from minillm.trace.life import Event, RequestLife
+from minillm.policy.batch import Batch, Chunk
+from minillm.policy.options import EngineOptions
+from minillm.policy.scheduler import ScheduledRequest
+from minillm.trace.life import RequestLife
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Span, Trace
 
@@ -35,8 +38,8 @@ class LLM:
 
     `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
     in this process. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16",
-    "float16" or None for float32 on a CPU and the checkpoint's own on a GPU. Raises `ValueError` in one line for
-    whatever cannot be.
+    "float16" or None for float32 on a CPU and the checkpoint's own on a GPU. `options` are the engine's limits and
+    switches. Raises `ValueError` in one line for whatever cannot be.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class LLM:
         layout: str | Layout = "",
         device: str | None = None,
         dtype: str | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
+        self.options = _options(options)
         self.layout = Layout.parse(layout)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
@@ -57,6 +62,7 @@ class LLM:
         self.model = Decoder(self.config)
         load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
         pack(self.model)
+        self.next_id = 0  # of requests, from 0 in every trace
         self.trace = Trace()
         self.timing = True  # False leaves the clocks out of the spans of `trace`; counts stay
         self.on_span: Callable[[Span], None] | None = None  # called with each step's span as it ends
@@ -69,7 +75,7 @@ class LLM:
         `params` is one `SamplingParams` for all, or one for each. `trace` then holds this run.
         """
         requests = self._requests(prompts, params)
-        for _ in self._run(requests):
+        for _ in self._serve(requests):
             pass
         return [request.output() for request in requests]
 
@@ -80,14 +86,21 @@ class LLM:
         requests = self._requests(prompts, params)
         recorder = self._new_recorder(activations=True)
         with one_thread():
-            for _ in Engine(self.model, requests, recorder).run():
+            engine = Engine(self.model, self.options, recorder)
+            for number, request in enumerate(each for first in requests for each in [first, *first.twins]):
+                request.scheduled.request_id = request.life.request_id = number
+            engine.add(requests)
+            for _ in engine.run():
                 pass
         return recorder.trace
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`."""
+        """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`.
+
+        Its requests join those that run already, such as another stream's; closing the iterator cancels them.
+        """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return self._run(self._requests([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
+        return self._serve(self._requests([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
 
     def chat(self, message: str | list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a question, or continue a conversation [{"role": "user", "content": "…"}, …], by the chat template."""
@@ -104,14 +117,15 @@ class LLM:
             )
         self._check_open()
         self._check(token_ids, 0)
-        cache = ContiguousCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
+        cache = PagedCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
         with one_thread(), recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
-            return self.model(Batch((Chunk(0, 0, tuple(token_ids)),)), cache, every_row=True)
+            return self.model(Batch((Chunk(0, 0, tuple(token_ids), (0,)),)), cache, every_row=True)
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Let go of the weights and the KV cache."""
+        self.__dict__.pop("engine", None)
         self.__dict__.pop("model", None)
 
     def __repr__(self) -> str:
@@ -123,20 +137,37 @@ class LLM:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _run(self, requests: list[Request]) -> Iterator[Piece]:
-        recorder = self._new_recorder(on_span=self.on_span)
-        self.trace = recorder.trace
-        pieces = Engine(self.model, requests, recorder).run()
+    @cached_property
+    def engine(self) -> Engine:
+        """What serves the requests; it and its KV cache stay between calls."""
+        return Engine(self.model, self.options, self._new_recorder())
 
-        def one_by_one() -> Iterator[Piece]:
+    def _number(self, requests: list[Request]) -> None:
+        """Give requests their ids; what joins nobody begins a new trace."""
+        if not self.engine.requests:
+            recorder = self._new_recorder(on_span=self.on_span)
+            self.trace, self.next_id = recorder.trace, 0
+            self.engine.record(recorder)
+        for request in [each for first in requests for each in [first, *first.twins]]:
+            request.scheduled.request_id = request.life.request_id = self.next_id
+            self.next_id += 1
+
+    def _serve(self, requests: list[Request]) -> Iterator[Piece]:
+        """Yield what the requests give; steps of the engine serve all others too."""
+        inbox = requests[0].inbox
+        try:
+            self._number(requests)
+            self.engine.add(requests)
             while True:
-                with one_thread():
-                    piece = next(pieces, None)
-                if piece is None:
+                while inbox:
+                    yield inbox.popleft()
+                if all(each.finish_reason is not None for first in requests for each in [first, *first.twins]):
                     return
-                yield piece
-
-        return one_by_one()
+                with one_thread():
+                    self.engine.step()
+        finally:
+            if "engine" in self.__dict__:
+                self.engine.cancel(requests)
 
     def _new_recorder(self, **options: Any) -> Recorder:
         """A recorder that says what runs here, and on what."""
@@ -166,17 +197,29 @@ class LLM:
             if not isinstance(one, SamplingParams):
                 raise ValueError(f"{one!r} are no sampling parameters: write SamplingParams(max_tokens=…)")
         tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
-        now = time.monotonic()
-        return [self._request(number, ids, one, now) for number, (ids, one) in enumerate(zip(tokens, each))]
+        inbox: deque[Piece] = deque()
+        requests = [self._request(number, ids, one, inbox) for number, (ids, one) in enumerate(zip(tokens, each))]
+        for request in requests:
+            self.engine.scheduler.check(request.scheduled)
+        return requests
 
-    def _request(self, index: int, prompt: list[int], params: SamplingParams, now_s: float) -> Request:
+    def _request(self, index: int, prompt: list[int], params: SamplingParams, inbox: deque[Piece]) -> Request:
+        """A request and, for n > 1, its twins."""
         stops = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         )
         seed = secrets.randbits(32) if params.seed is None else params.seed
-        life = RequestLife(index, prompt_tokens=len(prompt))
-        life.note(Event.ARRIVED, now_s)
-        return Request(index, prompt, params, seed, stops, self.config.max_positions, self.tokenizer.stream(), life)
+        longest = min(self.config.max_positions, len(prompt) + params.max_tokens)
+        samples = []
+        for sample in range(params.n):
+            scheduled = ScheduledRequest(-1, list(prompt), longest, samples=params.n if sample == 0 else 1)
+            life = RequestLife(-1, prompt_tokens=len(prompt))
+            stream = self.tokenizer.stream()
+            samples.append(
+                Request(index, scheduled, len(prompt), params, seed, stops, stream, life, inbox, sample)
+            )  # fmt: skip
+        first, *first.twins = samples
+        return first
 
     def _check_open(self) -> None:
         if not hasattr(self, "model"):
@@ -206,6 +249,12 @@ class LLM:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it"
             )
+
+
+def _options(options: EngineOptions | None) -> EngineOptions:
+    if not isinstance(options, EngineOptions | None):
+        raise ValueError(f"options={options!r}: write options=EngineOptions(max_running=…)")
+    return options or EngineOptions()
 
 
 def _is_message(value: object) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from harness import ratio, side_by_side, summary
 
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm.kv.paged import PagedCache
 from minillm.model.config import ModelConfig
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.weights import as_checkpoint
+from minillm.policy.batch import Batch, Chunk
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Trace
 
@@ -56,13 +56,15 @@ def reference_of(model: Decoder) -> Any:
 
 def decode_job(model: Decoder, batch: int, context_tokens: int, steps: int, recorder: Recorder) -> Callable[[], None]:
     """`steps` greedy decode steps of `batch` sequences with `context_tokens` in the cache, each step a span."""
-    cache = ContiguousCache(model.config, batch, context_tokens + steps, model.device, model.dtype)
+    cache = PagedCache(model.config, batch, context_tokens + steps, model.device, model.dtype)
     size = model.dtype.itemsize
 
     def job() -> None:
         tokens = [5] * batch
         for step in range(steps):
-            chunks = Batch(tuple(Chunk(slot, context_tokens + step, (token,)) for slot, token in enumerate(tokens)))
+            chunks = Batch(
+                tuple(Chunk(slot, context_tokens + step, (token,), (slot,)) for slot, token in enumerate(tokens))
+            )
             cost = pass_cost(model.config, chunks, size).total
             ids = tuple(range(batch))
             with recorder.span(
@@ -96,8 +98,8 @@ def reference_decode_job(
 
 def prefill_job(model: Decoder, tokens: int, recorder: Recorder) -> Callable[[], None]:
     """One prompt up to its first token, as a span."""
-    cache = ContiguousCache(model.config, 1, tokens, model.device, model.dtype)
-    batch = Batch((Chunk(0, 0, tuple(5 + n % 200 for n in range(tokens))),))
+    cache = PagedCache(model.config, 1, tokens, model.device, model.dtype)
+    batch = Batch((Chunk(0, 0, tuple(5 + n % 200 for n in range(tokens)), (0,)),))
     cost = pass_cost(model.config, batch, model.dtype.itemsize).total
 
     def job() -> None:

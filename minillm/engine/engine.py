@@ -1,7 +1,7 @@
-"""The loop of the engine: schedule, run, postprocess. For now with static batches; lesson 02 makes them continuous.
+"""The loop of the engine: schedule, run, postprocess. It serves many requests at once on one decoder.
 
-A wave of requests gets a cache; each prompt is prefilled by itself, then all of the wave decode together until the
-last has finished. The engine knows tokens and requests, and nothing of texts beyond the stop strings.
+What goes into a step is decided in `policy/scheduler.py`; where K and V lie, in `policy/blocks.py`. The engine knows
+tokens and requests, and nothing of texts beyond the stop strings. One thread at a time may use it.
 """
 
 from __future__ import annotations
@@ -13,59 +13,87 @@ from contextlib import AbstractContextManager
 import torch
 
 from minillm.engine.request import Piece, Request
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm.kv.paged import PagedCache
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.sampling import sample
+from minillm.policy.batch import Batch
+from minillm.policy.blocks import BlockPool
+from minillm.policy.options import EngineOptions
+from minillm.policy.scheduler import Order, Scheduler, first_come
 from minillm.trace.allocations import peak_of
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Category, Kind
 
-MAX_RUNNING = 16
+CPU_CACHE_BYTES = 2**30
+GPU_CACHE_SHARE = 0.8
 
 
 class Engine:
     """Runs requests on one decoder. `recorder` gets a span for each step, and the memory that the run holds."""
 
     def __init__(
-        self, model: Decoder, requests: list[Request], recorder: Recorder, max_running: int = MAX_RUNNING
+        self, model: Decoder, options: EngineOptions, recorder: Recorder, order: Order = first_come
     ) -> None:  # fmt: skip
         self.model = model
+        self.options = options
+        blocks = options.num_blocks or default_num_blocks(model, options)
+        self.scheduler = Scheduler(BlockPool(blocks, options.block_size, options.prefix_reuse), options, order)
+        self.cache = PagedCache(model.config, blocks, options.block_size, model.device, model.dtype)
+        self.requests: dict[int, Request] = {}
+        self.record(recorder)
+
+    def record(self, recorder: Recorder) -> None:
+        """Let `recorder` have what happens from now on."""
         self.recorder = recorder
-        self.waiting = list(requests)
-        self.max_running = max_running
-        self.slots: dict[int, Request] = {}  # slot of the cache -> request, prefilled or not
-        self.cache: ContiguousCache | None = None
-        recorder.trace.lives += [request.life for request in requests]
-        recorder.memory(Category.WEIGHTS, sum(parameter.nbytes for parameter in model.parameters()))
+        recorder.memory(Category.WEIGHTS, sum(parameter.nbytes for parameter in self.model.parameters()))
+
+    def add(self, requests: list[Request]) -> None:
+        """Let requests wait; all of them or, with a `ValueError` for one that can never run, none."""
+        for request in requests:
+            self.scheduler.check(request.scheduled)
+        now = time.monotonic()
+        for request in requests:
+            request.scheduled.arrival_s = now
+            self.scheduler.add(request.scheduled)
+            self._enter(request)
+            request.life.note(Event.ARRIVED, now)
 
     def run(self) -> Iterator[Piece]:
         """Step until every request has finished; yields what each step added."""
-        while self.waiting or self.slots:
+        while self.requests:
             yield from self.step()
 
     def step(self) -> list[Piece]:
         """One turn of the loop."""
         batch = self.schedule()
-        self.recorder.step += 1
-        with self._span(batch):
-            tokens = self.compute(batch)
+        try:
+            with self._span(batch):
+                tokens = self.compute(batch)
+        except BaseException:  # such as the stop button: nothing is lost but this step
+            self.scheduler.abandon(batch)
+            raise
         return self.postprocess(batch, tokens)
 
     def schedule(self) -> Batch:
-        """The next batch: one prompt that is not in the cache yet, else one token of every running request."""
-        if not self.slots:
-            self._admit()
-        for slot, request in self.slots.items():
-            if not request.token_ids:
-                request.life.note(Event.STARTED, time.monotonic())
-                return Batch((Chunk(slot, 0, tuple(request.prompt)),))
-        return Batch(tuple(Chunk(slot, r.length - 1, (r.token_ids[-1],)) for slot, r in self.slots.items()))
+        """The next batch; what it means to the lives of requests is noted."""
+        now = time.monotonic()
+        batch = self.scheduler.schedule(now)
+        self.recorder.step += 1
+        for request_id in batch.preempted:
+            self.requests[request_id].life.note(Event.PREEMPTED, now)
+        for chunk in batch.chunks:
+            request = self.requests[chunk.request_id]
+            if request.life.moments[-1][0] in (Event.ARRIVED, Event.PREEMPTED):
+                request.life.note(Event.STARTED, now)
+                request.life.reused_tokens = max(request.life.reused_tokens, chunk.start)
+        self._note_cache()
+        return batch
 
-    def compute(self, batch: Batch) -> list[int]:
-        """One forward pass and the tokens it gives, in the batch's order."""
+    def compute(self, batch: Batch) -> list[list[int]]:
+        """One forward pass and the tokens it gives, in the batch's order: none for a chunk within its prompt."""
+        self.cache.copy(batch.copies)
         if not self.recorder.activations:
             return self.sample(batch, self.model(batch, self.cache))
         began_s = self.recorder.now_s()
@@ -74,35 +102,81 @@ class Engine:
         self.recorder.memory(Category.ACTIVATIONS, 0)
         return self.sample(batch, logits)
 
-    def sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:
-        """The next token of every chunk's request."""
-        requests = [self.slots[chunk.slot] for chunk in batch.chunks]
-        return [sample(row, r.params, r.seed, r.index, r.length) for row, r in zip(logits, requests)]
+    def sample(self, batch: Batch, logits: torch.Tensor) -> list[list[int]]:
+        """The next token of each chunk's request; as many as there are samples where they fork."""
+        rows = iter(logits)
+        return [self._draw(next(rows), self.requests[c.request_id]) if c.samples else [] for c in batch.chunks]
 
-    def postprocess(self, batch: Batch, tokens: list[int]) -> list[Piece]:
-        """Hand every request its token; those that finished leave their slot."""
+    def postprocess(self, batch: Batch, tokens: list[list[int]]) -> list[Piece]:
+        """Hand every request its token; those that finished leave their blocks."""
         now = time.monotonic()
-        pieces = [self.slots[chunk.slot].append(token, now) for chunk, token in zip(batch.chunks, tokens)]
-        self.slots = {slot: request for slot, request in self.slots.items() if request.finish_reason is None}
+        self.scheduler.postprocess(batch, [drawn[0] if drawn else None for drawn in tokens])
+        pieces = []
+        for chunk, drawn in zip(batch.chunks, tokens):
+            request = self.requests[chunk.request_id]
+            if len(drawn) > 1:
+                self._fork(request, drawn)
+            for each, token in zip([request, *request.twins], drawn):
+                pieces.append(each.take(token, now))
+                if each.finish_reason is not None:
+                    self._leave(each)
+        self._note_cache()
         return pieces
 
-    def _admit(self) -> None:
-        """Start the next wave, with a cache that holds its longest sequence."""
-        wave, self.waiting = self.waiting[: self.max_running], self.waiting[self.max_running :]
-        self.slots = dict(enumerate(wave))
-        longest = max(request.longest for request in wave)
-        self.cache = ContiguousCache(self.model.config, len(wave), longest, self.model.device, self.model.dtype)
-        self.recorder.memory(Category.KV_CACHE, self.cache.bytes)
+    def cancel(self, requests: list[Request]) -> None:
+        """End requests that have not ended yet; their blocks are free at once."""
+        for request in [each for first in requests for each in [first, *first.twins]]:
+            if request.finish_reason is None:
+                request.cancel(time.monotonic())
+                if request.request_id in self.requests:
+                    self._leave(request)
+
+    def _draw(self, logits: torch.Tensor, request: Request) -> list[int]:
+        position = len(request.scheduled.tokens)
+        forks = request.twins if request.scheduled.samples > 1 else []
+        return [sample(logits, each.params, each.seed, each.noise_key, position) for each in [request, *forks]]
+
+    def _fork(self, request: Request, drawn: list[int]) -> None:
+        """The request's twins go on from its prompt, each with its own first token."""
+        for twin, token in zip(request.twins, drawn[1:]):
+            twin.scheduled.tokens[:] = [*request.prompt, token]
+            self.scheduler.fork(request.request_id, twin.scheduled)
+            self._enter(twin)
+            twin.life.moments = list(request.life.moments)
+
+    def _note_cache(self) -> None:
+        """The blocks in use, in bytes. The pool behind them is `cache.bytes`, in use or not."""
+        self.recorder.memory(Category.KV_CACHE, self.scheduler.pool.num_used * self.cache.block_bytes)
+
+    def _enter(self, request: Request) -> None:
+        self.requests[request.request_id] = request
+        self.recorder.trace.lives.append(request.life)
+
+    def _leave(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        self.scheduler.remove(request.request_id)
 
     def _span(self, batch: Batch) -> AbstractContextManager[object]:
         """The span of a step, with what it costs by formula."""
-        kind = Kind.PREFILL if batch.chunks[0].start == 0 else Kind.DECODE
+        prompts = sum(len(chunk.token_ids) > 1 or chunk.start == 0 for chunk in batch.chunks)
+        name = "decode" if not prompts else "prefill" if prompts == len(batch.chunks) else "prefill + decode"
         cost = pass_cost(self.model.config, batch, self.model.dtype.itemsize).total
         return self.recorder.span(
-            kind,
-            kind.value,
-            tokens=len(batch.token_ids),
-            request_ids=tuple(self.slots[chunk.slot].index for chunk in batch.chunks),
+            Kind.PREFILL if prompts else Kind.DECODE,
+            name,
+            tokens=sum(len(chunk.token_ids) for chunk in batch.chunks),
+            request_ids=tuple(chunk.request_id for chunk in batch.chunks),
             flops=cost.flops,
             memory_bytes=cost.memory_bytes,
         )
+
+
+def default_num_blocks(model: Decoder, options: EngineOptions) -> int:
+    """As many blocks as the longest sequences can use together, within the memory that is kept for the cache."""
+    config = model.config
+    block_bytes = options.block_size * config.kv_numbers_per_token * model.dtype.itemsize
+    longest = -(-config.max_positions // options.block_size)
+    room = CPU_CACHE_BYTES
+    if model.device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE)
+    return max(1, min(longest * options.max_running, room // block_bytes))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import TextStream
+from minillm.policy.scheduler import ScheduledRequest
 from minillm.trace.life import Event, RequestLife
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a request gave. `finish_reason` is "stop" or "length"; None while it runs. `text` has no special tokens.
+    """What a request gave. `finish_reason` is "stop", "length" or "cancelled"; None while it runs. `text` has no special
+    tokens.
 
-    `metrics` holds its time stamps, and TTFT, TPOT and the like.
+    `metrics` holds its time stamps, and TTFT, TPOT and the like. `samples` holds the outputs of all n samples, of which this
+    is the first.
     """
 
     index: int
@@ -22,49 +26,66 @@ class RequestOutput:
     text: str
     finish_reason: str | None
     metrics: RequestLife
+    samples: tuple[RequestOutput, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step added to a request: one token, and the text that became certain with it."""
+    """What a step added to a request: one token, and the text that became certain with it. `sample` counts up to n - 1."""
 
     index: int
     token_id: int
     text: str
     finish_reason: str | None
+    sample: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """A prompt under way. `stops` are token ids that end it; `room` is how long its sequence may become."""
+    """A prompt under way: `index` among those of its call, `sample` among the n of its prompt.
+
+    Its tokens are in `scheduled`. `stops` are token ids that end it; `twins` are the other samples, which fork from it
+    with the first token; what it gives is also put into `inbox`.
+    """
 
     index: int
-    prompt: list[int]
+    scheduled: ScheduledRequest
+    prompt_length: int
     params: SamplingParams
     seed: int
     stops: frozenset[int]
-    room: int
     decoder: TextStream
     life: RequestLife
-    token_ids: list[int] = field(default_factory=list)
+    inbox: deque[Piece]
+    sample: int = 0
+    twins: list[Request] = field(default_factory=list)
     text: str = ""
     shown: int = 0  # characters of `text` handed out already
     finish_reason: str | None = None
     _cut: bool = False  # at a stop string
 
     @property
-    def length(self) -> int:
-        """Tokens of the sequence so far, prompt included."""
-        return len(self.prompt) + len(self.token_ids)
+    def request_id(self) -> int:
+        """Its number in the engine."""
+        return self.scheduled.request_id
 
     @property
-    def longest(self) -> int:
-        """The most tokens the sequence can have."""
-        return min(self.room, len(self.prompt) + self.params.max_tokens)
+    def prompt(self) -> list[int]:
+        """What was asked."""
+        return self.scheduled.tokens[: self.prompt_length]
 
-    def append(self, token_id: int, now_s: float) -> Piece:
-        """Take the next token; finish the request if it ends here."""
-        self.token_ids.append(token_id)
+    @property
+    def token_ids(self) -> list[int]:
+        """What was generated."""
+        return self.scheduled.tokens[self.prompt_length :]
+
+    @property
+    def noise_key(self) -> str:
+        """What tells its draws from those of the other requests of its call."""
+        return f"{self.index}.{self.sample}" if self.sample else str(self.index)
+
+    def take(self, token_id: int, now_s: float) -> Piece:
+        """The scheduler appended this token; finish the request if it ends here."""
         self.life.note(Event.TOKEN, now_s)
         if token_id in self.stops:
             self.finish_reason = "stop"
@@ -72,17 +93,25 @@ class Request:
             self.text += self.decoder.step(token_id)
             if self._cut_at_stop_text():
                 self.finish_reason = "stop"
-            elif self.length >= self.longest:
+            elif len(self.scheduled.tokens) >= self.scheduled.longest:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
             self.life.note(Event.FINISHED, now_s)
             if not self._cut:
                 self.text += self.decoder.rest(self.text)
-        return Piece(self.index, token_id, self._show(), self.finish_reason)
+        piece = Piece(self.index, token_id, self._show(), self.finish_reason, self.sample)
+        self.inbox.append(piece)
+        return piece
+
+    def cancel(self, now_s: float) -> None:
+        """It ends as it stands."""
+        self.finish_reason = "cancelled"
+        self.life.note(Event.CANCELLED, now_s)
 
     def output(self) -> RequestOutput:
         """The request as its user sees it."""
-        return RequestOutput(self.index, self.prompt, self.token_ids, self.text, self.finish_reason, self.life)
+        first = RequestOutput(self.index, self.prompt, self.token_ids, self.text, self.finish_reason, self.life)
+        return replace(first, samples=(first, *(twin.output() for twin in self.twins)))
 
     def _cut_at_stop_text(self) -> bool:
         found = [at for stop in self.params.stop if (at := self.text.find(stop, max(0, self.shown - len(stop)))) >= 0]

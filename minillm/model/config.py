@@ -65,9 +65,14 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @property
+    def kv_numbers_per_token(self) -> int:
+        """Numbers in K and V of one token over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers, in the checkpoint's dtype."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.kv_numbers_per_token * DTYPE_BYTES[self.dtype]
 
     @property
     def parameters(self) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minillm.model.batch import Batch
 from minillm.model.config import DTYPE_BYTES, ModelConfig
+from minillm.policy.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 
-from minillm.kv.contiguous import ContiguousCache
+from minillm.kv.paged import PagedCache
 from minillm.model.attention import Step, attention
-from minillm.model.batch import Batch
 from minillm.model.config import ModelConfig
 from minillm.model.linear import Linear
 from minillm.model.rope import rope_frequencies, rotate
+from minillm.policy.batch import Batch
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: torch.Tensor, step: Step, cache: ContiguousCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step, cache: PagedCache) -> torch.Tensor:
         tokens = x.shape[0]
         qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # each [tokens, its heads, head_dim]
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, step: Step, cache: ContiguousCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, step: Step, cache: PagedCache) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -88,6 +88,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.reference_attention = False  # True: the slow path of `attention.py`, by the formula
         with init_empty_weights():
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
@@ -109,15 +110,18 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight.dtype
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: ContiguousCache, every_row: bool = False) -> torch.Tensor:
-        """Put the batch's tokens into the cache; returns logits [chunks, vocab], or [tokens, vocab] for `every_row`."""
+    def forward(self, batch: Batch, cache: PagedCache, every_row: bool = False) -> torch.Tensor:
+        """Put the batch's tokens into the cache; returns logits [chunks that sample, vocab], or [tokens, vocab] for
+        `every_row`.
+        """
         tokens = torch.tensor(batch.token_ids, device=self.device)
-        step = Step.of(batch, *self.turn(torch.tensor(batch.positions, device=self.device)))
+        cos, sin = self.turn(torch.tensor(batch.positions, device=self.device))
+        step = Step.of(batch, cache.block_size, cos, sin, self.reference_attention)
         x = self.embed_tokens(tokens)  # [tokens, hidden]
         for layer in self.layers:
             x = layer(x, step, cache)
         if not every_row:
-            x = x[batch.last_rows]
+            x = x[batch.sampling_rows]
         return self.lm_head(self.norm(x))
 
     def turn(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 keep all tokens; `seed` None draws a new seed. Generation ends
     after `max_tokens` (reason "length"), or (reason "stop") at the checkpoint's end-of-text tokens unless `ignore_eos`,
-    at one of `stop_token_ids`, or when the text holds one of the `stop` strings, which is cut off.
+    at one of `stop_token_ids`, or when the text holds one of the `stop` strings, which is cut off. `n` continuations are
+    drawn, which share the prompt's KV cache.
     Raises `ValueError` for values outside their ranges.
     """
 
@@ -31,11 +32,13 @@ class SamplingParams:
     stop: str | tuple[str, ...] | list[str] = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
+    n: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         _need(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number from 1")
+        _need(_is_int(self.n) and self.n >= 1, "n", self.n, "a whole number from 1")
         finite = isinstance(self.temperature, (int, float)) and math.isfinite(self.temperature)
         _need(finite and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
         _need(
@@ -63,7 +66,7 @@ def _need(holds: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: give {allowed}")
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, seed: int, request: int, position: int) -> int:
+def sample(logits: torch.Tensor, params: SamplingParams, seed: int, request: int | str, position: int) -> int:
     """The next token for one request. `logits` [vocab]; `position` is the new token's place in its sequence."""
     if params.greedy:
         return int(logits.argmax())
@@ -88,7 +91,7 @@ def keep_likely(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return scores
 
 
-def gumbel_noise(size: int, seed: int, request: int, position: int) -> torch.Tensor:
+def gumbel_noise(size: int, seed: int, request: int | str, position: int) -> torch.Tensor:
     """Standard Gumbel noise [size]: argmax(log p + noise) is a draw from p (Gumbel, 1954; Maddison et al., 2014)."""
     digest = hashlib.blake2b(f"{seed}/{request}/{position}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,1 @@
+"""Torch-free state machines: blocks, requests, batches, schedulers. They hold no tensors, no clock and no I/O."""

@@ -1,6 +1,7 @@
 """The life of a request: an enum of events, time-stamped, and every latency that follows from them.
 
     ARRIVED ──waits── STARTED ──prefill── TOKEN ──decode── TOKEN … TOKEN ── FINISHED
+                         └──────────── PREEMPTED ──waits── STARTED …           (or CANCELLED, at any point)
 
 The file knows no tensors and no texts.
 """
@@ -15,19 +16,25 @@ class Event(Enum):
     """What happens to a request."""
 
     ARRIVED = "arrived"  # it was handed to the engine
-    STARTED = "started"  # its prompt is being computed for the first time
+    STARTED = "started"  # its prompt is being computed, for the first time or again after it was preempted
     TOKEN = "token"  # it got a token; the first one ends the prefill
+    PREEMPTED = "preempted"  # its blocks were taken; it waits again
     FINISHED = "finished"  # it got its last token
+    CANCELLED = "cancelled"  # its user gave it up
 
 
 @dataclass
 class RequestLife:
-    """What happened to one request, in order, in seconds of the host's monotonic clock."""
+    """What happened to one request, in order, in seconds of the host's monotonic clock.
+
+    `reused_tokens` of its prompt were found in the cache when it started.
+    """
 
     request_id: int
     rank: int = 0
     prompt_tokens: int = 0
     moments: list[tuple[Event, float]] = field(default_factory=list)
+    reused_tokens: int = 0
 
     def note(self, event: Event, now_s: float) -> None:
         """It happened now."""

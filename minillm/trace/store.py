@@ -13,7 +13,7 @@ from typing import Any
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
 
-FORMAT, VERSION = "minillm trace", 2
+FORMAT, VERSION = "minillm trace", 3
 _SPAN = [field.name for field in fields(Span)]
 _SAMPLE = [field.name for field in fields(MemorySample)]
 
@@ -77,12 +77,13 @@ def _sample(values: dict[str, Any]) -> MemorySample:
 
 
 def _life_row(life: RequestLife) -> list[Any]:
-    return [life.request_id, life.rank, life.prompt_tokens, [[event.value, when] for event, when in life.moments]]
+    moments = [[event.value, when] for event, when in life.moments]
+    return [life.request_id, life.rank, life.prompt_tokens, life.reused_tokens, moments]
 
 
 def _life(row: list[Any]) -> RequestLife:
-    request_id, rank, prompt_tokens, moments = row
-    return RequestLife(request_id, rank, prompt_tokens, [(Event(what), when) for what, when in moments])
+    request_id, rank, prompt_tokens, reused_tokens, moments = row
+    return RequestLife(request_id, rank, prompt_tokens, [(Event(what), when) for what, when in moments], reused_tokens)
 
 
 def chrome_trace(trace: Trace) -> dict[str, Any]:

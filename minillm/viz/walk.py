@@ -12,10 +12,10 @@ import traitlets
 from matplotlib.figure import Figure
 
 from minillm.hardware.devices import DEVICES, Device
-from minillm.model.batch import Batch, Chunk
 from minillm.model.config import DTYPE_BYTES, ModelConfig
 from minillm.model.cost import PassCost, pass_cost
 from minillm.model.shapes import SHAPES
+from minillm.policy.batch import Batch, Chunk
 from minillm.viz.roofline import Dot, draw_roofline
 from minillm.viz.style import KV_CACHE, WEIGHTS, png
 from minillm.viz.widget import InteractivePicture, script
@@ -29,7 +29,7 @@ FINDING = "A larger batch lifts the products with weights; it never lifts attent
 
 def decode_cost(config: ModelConfig, batch: int, context: int, element_bytes: int) -> PassCost:
     """One decode step of `batch` requests that have `context` tokens each, the new one included."""
-    chunk = Chunk(0, context - 1, (0,))
+    chunk = Chunk(0, context - 1, (0,), ())
     return pass_cost(config, Batch((chunk,) * batch), element_bytes)
 
 
@@ -99,7 +99,7 @@ def _table(config: ModelConfig) -> dict[str, Any]:
     costs = {(batch, context): decode_cost(config, batch, context, 1) for batch in BATCHES for context in CONTEXTS}
     return {
         "weights": config.parameters,
-        "kv_per_token": config.kv_bytes_per_token // DTYPE_BYTES[config.dtype],
+        "kv_per_token": config.kv_numbers_per_token,
         "room": config.max_positions,
         "products": [_pair(costs[batch, CONTEXTS[0]].products) for batch in BATCHES],
         "attention": [[_pair(costs[batch, context].attention) for context in CONTEXTS] for batch in BATCHES],

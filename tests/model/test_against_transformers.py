@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm.kv.paged import PagedCache
 from minillm.model.config import ModelConfig, read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear, pack
 from minillm.model.weights import load_weights
+from minillm.policy.batch import Batch, Chunk
 
 BASE = {
     "vocab_size": 211, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -97,10 +97,10 @@ def load(folder: Path) -> Decoder:
 
 def logits_in_chunks(decoder: Decoder, ids: list[int], cuts: list[int]) -> torch.Tensor:
     """Logits [tokens, vocab] when the text is fed in chunks that end at `cuts`."""
-    cache = ContiguousCache(decoder.config, 1, len(ids), decoder.device, decoder.dtype)
+    cache = PagedCache(decoder.config, 1, len(ids), decoder.device, decoder.dtype)
     rows = []
     for start, end in zip([0, *cuts], [*cuts, len(ids)]):
-        rows.append(decoder(Batch((Chunk(0, start, tuple(ids[start:end])),)), cache, every_row=True))
+        rows.append(decoder(Batch((Chunk(0, start, tuple(ids[start:end]), (0,)),)), cache, every_row=True))
     return torch.cat(rows)
 
 
@@ -127,10 +127,12 @@ def test_sequences_in_a_batch_do_not_see_each_other(tmp_path: Path) -> None:
     decoder = load(tmp_path)
     texts = [[1, 2, 3, 4, 5], [7], [9, 8, 7]]
     alone = [logits_in_chunks(decoder, ids, [])[-1] for ids in texts]
-    cache = ContiguousCache(decoder.config, 3, 8, decoder.device, decoder.dtype)
-    together = decoder(Batch(tuple(Chunk(slot, 0, tuple(ids)) for slot, ids in enumerate(texts))), cache)
+    cache = PagedCache(decoder.config, 3, 8, decoder.device, decoder.dtype)
+    together = decoder(Batch(tuple(Chunk(slot, 0, tuple(ids), (slot,)) for slot, ids in enumerate(texts))), cache)
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=0)
-    mixed = Batch((Chunk(0, 5, (6,)), Chunk(1, 1, (3, 4)), Chunk(2, 3, (1,))))  # decode and prefill side by side
+    mixed = Batch(
+        (Chunk(0, 5, (6,), (0,)), Chunk(1, 1, (3, 4), (1,)), Chunk(2, 3, (1,), (2,)))
+    )  # decode and prefill side by side
     alone = [logits_in_chunks(decoder, ids, [])[-1] for ids in ([1, 2, 3, 4, 5, 6], [7, 3, 4], [9, 8, 7, 1])]
     torch.testing.assert_close(decoder(mixed, cache), torch.stack(alone), atol=1e-5, rtol=0)
 
@@ -140,10 +142,10 @@ def test_decode_of_several_sequences_in_any_slots(tmp_path: Path) -> None:
     make(tmp_path, GRID["llama, wide heads"])
     decoder = load(tmp_path)
     texts = {0: [3, 1, 4, 1, 5], 2: [9, 2], 5: [6, 5, 3]}
-    cache = ContiguousCache(decoder.config, 6, 8, decoder.device, decoder.dtype)
-    decoder(Batch((Chunk(1, 0, (7, 7, 7, 7)), Chunk(4, 0, (8,)))), cache)  # left behind by others
-    decoder(Batch(tuple(Chunk(slot, 0, tuple(ids[:-1])) for slot, ids in texts.items())), cache)
-    step = decoder(Batch(tuple(Chunk(slot, len(ids) - 1, (ids[-1],)) for slot, ids in texts.items())), cache)
+    cache = PagedCache(decoder.config, 6, 8, decoder.device, decoder.dtype)
+    decoder(Batch((Chunk(1, 0, (7, 7, 7, 7), (1,)), Chunk(4, 0, (8,), (4,)))), cache)  # left behind by others
+    decoder(Batch(tuple(Chunk(slot, 0, tuple(ids[:-1]), (slot,)) for slot, ids in texts.items())), cache)
+    step = decoder(Batch(tuple(Chunk(slot, len(ids) - 1, (ids[-1],), (slot,)) for slot, ids in texts.items())), cache)
     alone = [logits_in_chunks(decoder, ids, [])[-1] for ids in texts.values()]
     torch.testing.assert_close(step, torch.stack(alone), atol=1e-5, rtol=0)
 

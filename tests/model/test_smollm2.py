@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm import LLM, SamplingParams
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm.kv.paged import PagedCache
 from minillm.model.decoder import Decoder
 from minillm.model.embedded import embedded_folder, find_gguf
 from minillm.model.linear import Linear
 from minillm.model.weights import load_weights
+from minillm.policy.batch import Batch, Chunk
 
 TEXTS = [
     "The history of the Roman Empire begins",
@@ -65,8 +65,8 @@ def test_packed_products_err_as_little_as_float32_does(llm: LLM, reference, text
     exact = Decoder(llm.config)
     load_weights(exact, llm.folder, torch.device("cpu"), torch.float64)
     ids = llm.tokenizer.encode(text)
-    cache = ContiguousCache(llm.config, 1, len(ids), exact.device, exact.dtype)
-    truth = exact(Batch((Chunk(0, 0, tuple(ids)),)), cache, every_row=True)
+    cache = PagedCache(llm.config, 1, len(ids), exact.device, exact.dtype)
+    truth = exact(Batch((Chunk(0, 0, tuple(ids), (0,)),)), cache, every_row=True)
     with torch.no_grad():
         theirs = (reference(torch.tensor([ids])).logits[0] - truth).abs().max()
     assert theirs < 1e-4

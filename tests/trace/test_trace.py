@@ -15,11 +15,11 @@ from tiny import make_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minillm import LLM, SamplingParams
-from minillm.kv.contiguous import ContiguousCache
-from minillm.model.batch import Batch, Chunk
+from minillm import LLM, EngineOptions, SamplingParams
+from minillm.kv.paged import PagedCache
 from minillm.model.cost import pass_cost
 from minillm.model.linear import Linear
+from minillm.policy.batch import Batch, Chunk
 from minillm.trace.allocations import peak_of
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.recorder import Recorder
@@ -38,6 +38,7 @@ LIVES = st.builds(
     st.integers(0, 7),
     st.integers(0, 99),
     st.lists(st.tuples(st.sampled_from(Event), times), max_size=4),
+    st.integers(0, 99),
 )
 TRACES = st.builds(
     Trace, st.lists(SPANS, max_size=8), st.lists(SAMPLES, max_size=4), st.sampled_from(Clock), st.just({"model": "m"}), st.lists(LIVES, max_size=3)
@@ -83,8 +84,8 @@ def test_chrome_events_keep_the_format(trace: Trace) -> None:
         (b"", "truncated or no trace"),
         (gzip.compress(b'{"format": "minillm trace"')[:-9], "truncated or no trace"),
         (gzip.compress(b"[]"), "is no minillm trace"),
-        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 2"),
-        (gzip.compress(b'{"format": "minillm trace", "version": 2}'), "damaged trace"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 3"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 3}'), "damaged trace"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: bytes | None, text: str) -> None:
@@ -99,16 +100,17 @@ def test_broken_files(tmp_path: Path, content: bytes | None, text: str) -> None:
 def test_a_run_records_steps_tokens_and_memory(llm: LLM, tmp_path: Path) -> None:
     outputs = llm.generate([[1, 2, 3], [4]], SamplingParams(max_tokens=4, ignore_eos=True))
     spans = llm.trace.spans
-    assert [span.kind for span in spans] == [Kind.PREFILL] * 2 + [Kind.DECODE] * 3
-    assert [span.step for span in spans] == [1, 2, 3, 4, 5]
-    assert [span.tokens for span in spans] == [3, 1, 2, 2, 2]
-    assert [span.request_ids for span in spans] == [(0,), (1,), (0, 1), (0, 1), (0, 1)]
+    assert [span.kind for span in spans] == [Kind.PREFILL] + [Kind.DECODE] * 3
+    assert [span.step for span in spans] == [1, 2, 3, 4]
+    assert [span.tokens for span in spans] == [4, 2, 2, 2]
+    assert [span.request_ids for span in spans] == [(0, 1)] * 4
     assert all(span.start_s <= span.end_s and 0 < span.cpu_s <= span.duration_s + 0.01 for span in spans)
     assert all(a.end_s <= b.start_s for a, b in zip(spans, spans[1:]))
     peaks = llm.trace.peak_bytes(0)
     assert peaks[Category.WEIGHTS] == sum(tensor.nbytes for tensor in llm.model.parameters())
-    longest = max(len(output.prompt_token_ids) + 4 for output in outputs)
-    assert peaks[Category.KV_CACHE] == 2 * longest * llm.config.kv_bytes_per_token
+    blocks = sum(-(-len(output.prompt_token_ids + output.token_ids[:-1]) // 16) for output in outputs)
+    assert peaks[Category.KV_CACHE] == blocks * 16 * llm.config.kv_bytes_per_token
+    assert [sample.bytes for sample in llm.trace.memory if sample.category is Category.KV_CACHE][-1] == 0
     save_chrome_trace(llm.trace, tmp_path / "chrome.json")
     assert json.loads((tmp_path / "chrome.json").read_text())["otherData"]["clock"] == "measured"
 
@@ -133,7 +135,7 @@ CHUNKS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7)), min_size=1, m
 
 def torch_counts(llm: LLM, batch: Batch, every_row: bool) -> int:
     """The operations that torch counts in a forward pass, with the plain products."""
-    cache = ContiguousCache(llm.config, len(batch.chunks), 20, llm.model.device, llm.model.dtype)
+    cache = PagedCache(llm.config, len(batch.chunks), 20, llm.model.device, llm.model.dtype)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # torch counts no fused CPU attention
         llm.model(batch, cache, every_row=every_row)
     return counter.get_total_flops()
@@ -142,20 +144,22 @@ def torch_counts(llm: LLM, batch: Batch, every_row: bool) -> int:
 @settings(deadline=None)
 @given(CHUNKS, st.booleans())
 def test_flops_by_formula_are_what_torch_counts(llm: LLM, chunks: list[tuple[int, int]], every_row: bool) -> None:
-    """torch counts every pair of a prompt's attention, and every sequence as long as the longest in a decode step; the
-    formula counts only what a causal token sees."""
-    batch = Batch(tuple(Chunk(slot, start, tuple(range(1, n + 1))) for slot, (start, n) in enumerate(chunks)))
+    """torch counts every pair of a prompt's attention, and every block that single tokens' attention touches; the formula
+    counts only what a causal token sees."""
+    batch = Batch(tuple(Chunk(slot, start, tuple(range(1, n + 1)), (slot,)) for slot, (start, n) in enumerate(chunks)))
     cost = pass_cost(llm.config, batch, every_row=every_row).total
     pairs = sum(n * (n - 1) // 2 for _, n in chunks)  # above the diagonal
-    if all(n == 1 for _, n in chunks):
-        pairs = sum(max(start for start, _ in chunks) - start for start, _ in chunks)  # beyond a sequence's end
+    ends = {slot: start + 1 for slot, (start, n) in enumerate(chunks) if n == 1}
+    if len(ends) > 1:  # together: each block as wide as the longest, and others' blocks between them
+        span = max(ends) + 1 - min(ends)
+        pairs += (span if 2 * len(ends) >= span else len(ends)) * max(ends.values()) - sum(ends.values())
     masked = 4 * llm.config.heads * llm.config.head_dim * pairs * llm.config.layers
     assert torch_counts(llm, batch, every_row) == cost.flops + masked
 
 
 def test_bytes_by_formula(llm: LLM) -> None:
     """Decode reads every weight but the embedding table once, and the whole context's K and V."""
-    one = pass_cost(llm.config, Batch((Chunk(0, 9, (1,)),)), 4)
+    one = pass_cost(llm.config, Batch((Chunk(0, 9, (1,), (0,)),)), 4)
     table = llm.model.embed_tokens.weight.nbytes
     norms = sum(p.nbytes for name, p in llm.model.named_parameters() if "norm" in name)
     weights = sum(p.nbytes for p in llm.model.parameters()) - table - norms
@@ -188,15 +192,16 @@ def test_activations_are_measured_to_the_byte(llm: LLM) -> None:
 
 
 def test_lives(llm: LLM, tmp_path: Path) -> None:
-    outputs = llm.generate([[1, 2, 3], [4]], SamplingParams(max_tokens=4, ignore_eos=True))
-    first, second = llm.trace.lives
+    narrow = LLM(llm.folder, device="cpu", options=EngineOptions(max_running=1))
+    outputs = narrow.generate([[1, 2, 3], [4]], SamplingParams(max_tokens=4, ignore_eos=True))
+    first, second = narrow.trace.lives
     assert [event for event, _ in first.moments] == [Event.ARRIVED, Event.STARTED, *[Event.TOKEN] * 4, Event.FINISHED]
-    assert second.queue_s > first.queue_s  # it waited for the first one's prefill
+    assert second.queue_s > first.queue_s  # it waited for the first one's end
     assert sum(first.itl_s) / 3 == pytest.approx(first.tpot_s)
     assert outputs[1].metrics.ttft_s == second.ttft_s
     assert (first.prompt_tokens, second.prompt_tokens) == (3, 1)
-    save_trace(llm.trace, tmp_path / "t")
-    assert load_trace(tmp_path / "t") == llm.trace
+    save_trace(narrow.trace, tmp_path / "t")
+    assert load_trace(tmp_path / "t") == narrow.trace
     with pytest.raises(ValueError, match="request 7 has not token yet"):
         RequestLife(7).first(Event.TOKEN)
 

@@ -8,11 +8,16 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Chunk:
-    """The new tokens of one sequence: `start` tokens of it are in the KV cache already, in `slot`."""
+    """The new tokens of one sequence: `start` tokens of it are in the KV cache already, in the blocks of `block_table`.
 
-    slot: int
+    `samples` says whether the chunk reaches the sequence's end, so that its last token gives the next one.
+    """
+
+    request_id: int
     start: int
     token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    samples: bool = True
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a chunk has at least one token"
@@ -25,9 +30,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks of different sequences, prefill and decode mixed as they come."""
+    """Chunks of different sequences, prefill and decode mixed as they come.
+
+    `copies` are blocks (from, to) to copy before the pass; `preempted` are requests that lost their blocks for it.
+    """
 
     chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    preempted: tuple[int, ...] = ()
 
     @property
     def token_ids(self) -> list[int]:
@@ -45,6 +55,6 @@ class Batch:
         return list(accumulate(len(chunk.token_ids) for chunk in self.chunks))
 
     @property
-    def last_rows(self) -> list[int]:
-        """The row of each chunk's last token: the one whose logits give the next."""
-        return [end - 1 for end in self.ends]
+    def sampling_rows(self) -> list[int]:
+        """The rows whose logits give a next token: the last one of each chunk that samples."""
+        return [end - 1 for chunk, end in zip(self.chunks, self.ends) if chunk.samples]

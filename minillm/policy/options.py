@@ -1,0 +1,46 @@
+"""How an engine serves: its limits, and one switch for each feature. The simulator takes the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and switches of one engine.
+
+    `block_size` tokens share a block of the KV cache, of which there are `num_blocks` (None: as many as `max_running`
+    sequences of the longest context can use, within 1 GiB on a CPU and most of the free memory on a GPU).
+    A step takes at most `max_running` requests and `max_step_tokens` tokens.
+
+    Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
+    `chunked_prefill` cuts prompts to the step's token budget (off: a prompt runs whole, even one above the budget);
+    `preemption` lets a request start with the blocks of its prompt, and takes them back when the pool runs out (off: each
+    request reserves the blocks of its longest length before it starts); `prefix_reuse` keeps the blocks of finished
+    requests for prompts that begin alike. Raises `ValueError` for values outside their ranges.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    max_running: int = 64
+    max_step_tokens: int = 512
+    continuous: bool = True
+    chunked_prefill: bool = True
+    preemption: bool = True
+    prefix_reuse: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name}={value!r}: give True or False")
+            elif value is None and field.name == "num_blocks":
+                continue
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field.name}={value!r}: give a whole number from 1")
+        if self.chunked_prefill and self.max_step_tokens < self.max_running:
+            raise ValueError(
+                f"max_step_tokens={self.max_step_tokens} is below max_running={self.max_running}: each running request "
+                f"takes a token of every step; give at least {self.max_running}"
+            )

@@ -1,0 +1,246 @@
+"""Which tokens go into the next step: continuous batching, chunked prefill, preemption, over a pool of blocks.
+
+A plain state machine. It holds no tensors, reads no clock and does no I/O, so that the engine drives it with real steps
+and the simulator with computed ones. (Orca, Yu et al. 2022, section 3.2; vLLM, Kwon et al. 2023, section 4.5;
+Sarathi-Serve, Agrawal et al. 2024, section 4.2.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from minillm.policy.batch import Batch, Chunk
+from minillm.policy.blocks import BlockPool, BlockTable
+from minillm.policy.options import EngineOptions
+
+
+class Status(Enum):
+    """Where a request stands with the scheduler."""
+
+    WAITING = "waiting"  # holds no blocks: new, or preempted
+    RUNNING = "running"  # holds blocks
+    GONE = "gone"  # finished or cancelled
+
+
+@dataclass(eq=False)
+class ScheduledRequest:
+    """A request as the scheduler sees it.
+
+    `tokens` is the prompt and what was generated, `longest` the most there can be, `computed` how many are in the cache.
+    `samples` sequences will come of it, by forks; each takes one of the places of a batch.
+    """
+
+    request_id: int
+    tokens: list[int]
+    longest: int
+    arrival_s: float = 0.0
+    priority: float = 0.0
+    samples: int = 1
+    status: Status = Status.WAITING
+    computed: int = 0
+    reused: int = 0  # tokens found in the cache when it last started
+    in_flight: bool = False
+    table: BlockTable | None = field(default=None, repr=False)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens not in the cache yet: 1 when it decodes."""
+        return len(self.tokens) - self.computed
+
+
+Order = Callable[[ScheduledRequest, float], Any]
+
+
+def first_come(request: ScheduledRequest, now_s: float) -> Any:
+    """The default order: by `priority`, the lowest first, then by arrival."""
+    return request.priority, request.arrival_s, request.request_id
+
+
+class Scheduler:
+    """Requests that wait and run, and the next batch of them.
+
+    `order(request, now_s)` is a sort key; the lowest goes first, and the highest is preempted first. A batch that was
+    scheduled is given back by `postprocess`, or by `abandon` when it was not run. Meanwhile `schedule` may be called
+    again; requests in batches under way are left alone until then.
+    """
+
+    def __init__(self, pool: BlockPool, options: EngineOptions | None = None, order: Order = first_come) -> None:
+        self.pool = pool
+        self.options = options or EngineOptions()
+        self.order = order
+        self.waiting: list[ScheduledRequest] = []
+        self.running: list[ScheduledRequest] = []
+        self.requests: dict[int, ScheduledRequest] = {}
+
+    def add(self, request: ScheduledRequest) -> None:
+        """Let a request wait. Raises `ValueError` for an id in use, and for a request that can never run."""
+        self.check(request)
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def check(self, request: ScheduledRequest) -> None:
+        """Raise `ValueError` for what `add` would refuse."""
+        if request.request_id in self.requests:
+            raise ValueError(f"there is a request {request.request_id} already: give another id")
+        most = self.pool.num_blocks * self.pool.block_size
+        if request.longest > most:
+            raise ValueError(
+                f"a request may grow to {request.longest} tokens, but the KV cache has room for {most} "
+                f"in all ({self.pool.num_blocks} blocks of {self.pool.block_size}): shorten it, lower max_tokens, or "
+                f"raise num_blocks"
+            )
+        together = self.options.max_running
+        if not self.options.preemption:
+            together = min(together, self.pool.num_blocks // self.pool.blocks_for(request.longest))
+        if request.samples > together:
+            raise ValueError(f"a request asks for n={request.samples} samples, but only {together} can run together")
+
+    def schedule(self, now_s: float) -> Batch:
+        """The next batch: tokens of decoding requests first, then of prompts begun, then of new ones. Empty if none can run."""
+        self.running.sort(key=lambda request: self.order(request, now_s))
+        step = _Step(self.options.max_step_tokens)
+        ready = [request for request in self.running if not request.in_flight]
+        for request in sorted(ready, key=lambda request: request.remaining > 1):  # decodes, then prompts begun
+            if request.status is Status.RUNNING and step.budget > 0:
+                self._continue(request, step)
+        if not step.preempted and (self.options.continuous or not self.running):
+            self._start_new(step, now_s)
+        return Batch(tuple(step.chunks), tuple(step.copies), tuple(step.preempted))
+
+    def postprocess(self, batch: Batch, tokens: Sequence[int | None]) -> None:
+        """The batch has run: `tokens` has the next token of each chunk that samples, None for the others."""
+        for chunk, token in zip(batch.chunks, tokens, strict=True):
+            request = self.requests[chunk.request_id]
+            request.in_flight = False
+            if request.status is Status.GONE:
+                self._let_go(request)
+                continue
+            request.computed = chunk.end
+            assert request.table is not None
+            request.table.remember(request.tokens, request.computed)
+            if chunk.samples:
+                assert token is not None
+                request.tokens.append(token)
+
+    def abandon(self, batch: Batch) -> None:
+        """The batch did not run: its requests stand where they stood, but copies it asked for are lost with it."""
+        for chunk in batch.chunks:
+            request = self.requests[chunk.request_id]
+            request.in_flight = False
+            if request.status is Status.GONE:
+                self._let_go(request)
+            elif batch.copies:
+                self._preempt(request)
+
+    def fork(self, request_id: int, twin: ScheduledRequest) -> None:
+        """`twin` runs on from where a running request stands, on the same blocks, until either writes to them."""
+        self.check(twin)
+        parent = self.requests[request_id]
+        assert parent.status is Status.RUNNING and parent.table is not None
+        twin.table, twin.computed, twin.status = parent.table.fork(), parent.computed, Status.RUNNING
+        parent.samples -= 1
+        self.requests[twin.request_id] = twin
+        self.running.append(twin)
+
+    def remove(self, request_id: int) -> None:
+        """A request has finished or is cancelled: its blocks are free at once, or when its batch under way comes back."""
+        request = self.requests[request_id]
+        request.status = Status.GONE
+        if not request.in_flight:
+            self._let_go(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.requests)
+
+    def _continue(self, request: ScheduledRequest, step: _Step) -> None:
+        """Give a running request its next tokens, if there are blocks for them."""
+        count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
+        table = request.table
+        assert table is not None
+        while table.missing(request.computed, request.computed + count) > self.pool.num_free:
+            victim = self._victim()
+            if victim is None:
+                return
+            self._preempt(victim)
+            step.preempted.append(victim.request_id)
+            if victim is request:
+                return
+        step.take(request, count)
+
+    def _start_new(self, step: _Step, now_s: float) -> None:
+        """Start waiting requests in order until one does not fit."""
+        self.waiting.sort(key=lambda request: self.order(request, now_s))
+        while self.waiting and (step.budget > 0 or not self.options.continuous):
+            request = self.waiting[0]
+            if sum(each.samples for each in self.running) + request.samples > self.options.max_running:
+                return
+            request.table = BlockTable(self.pool)
+            request.computed = request.reused = request.table.reuse(request.tokens)
+            count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
+            whole_and_more = not self.options.chunked_prefill and count > step.budget and step.has_prompt
+            if whole_and_more or not self._has_room(request):
+                request.table.free()
+                return
+            self.running.append(self.waiting.pop(0))
+            request.status = Status.RUNNING
+            if count > 0:
+                step.take(request, count)
+
+    def _has_room(self, request: ScheduledRequest) -> bool:
+        """Whether the blocks suffice to start: for all tokens it has now, or, without preemption, will ever have."""
+        assert request.table is not None
+        if self.options.preemption and self.options.continuous:
+            return request.table.missing(request.computed, len(request.tokens)) <= self.pool.num_free
+        claims = sum(each.samples * self._claim(each) for each in [*self.running, request])
+        return claims <= self.pool.num_blocks
+
+    def _claim(self, request: ScheduledRequest) -> int:
+        """Blocks set aside for a request: what its tokens take, or without preemption what they may grow to."""
+        return self.pool.blocks_for(len(request.tokens) if self.options.preemption else request.longest)
+
+    def _victim(self) -> ScheduledRequest | None:
+        """The last in order of those that are in no batch."""
+        return next((request for request in reversed(self.running) if not request.in_flight), None)
+
+    def _preempt(self, request: ScheduledRequest) -> None:
+        """Take a request's blocks; it will be computed again (recomputation, vLLM section 4.5)."""
+        assert request.table is not None
+        request.table.free()
+        request.computed, request.status = 0, Status.WAITING
+        self.running.remove(request)
+        self.waiting.append(request)
+
+    def _let_go(self, request: ScheduledRequest) -> None:
+        if request.table is not None:
+            request.table.free()
+        del self.requests[request.request_id]
+        for queue in (self.waiting, self.running):
+            if request in queue:
+                queue.remove(request)
+
+
+class _Step:
+    """A batch being put together."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: list[Chunk] = []
+        self.copies: list[tuple[int, int]] = []
+        self.preempted: list[int] = []
+        self.has_prompt = False
+
+    def take(self, request: ScheduledRequest, count: int) -> None:
+        """Put a request's next tokens into the batch."""
+        start, end = request.computed, request.computed + count
+        assert request.table is not None
+        self.copies += request.table.write(start, end)
+        tokens, table = tuple(request.tokens[start:end]), tuple(request.table.blocks)
+        self.chunks.append(Chunk(request.request_id, start, tokens, table, samples=end == len(request.tokens)))
+        request.in_flight = True
+        self.budget -= count
+        self.has_prompt |= count > 1

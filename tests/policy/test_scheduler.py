@@ -1,0 +1,264 @@
+"""The scheduler under random workloads, driven by a program that knows only tokens: no model, no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillm.policy.batch import Batch
+from minillm.policy.blocks import BlockPool
+from minillm.policy.options import EngineOptions
+from minillm.policy.scheduler import ScheduledRequest, Scheduler, Status
+
+OPTIONS = st.builds(
+    EngineOptions,
+    block_size=st.integers(1, 5),
+    num_blocks=st.integers(12, 30),
+    max_running=st.integers(2, 6),
+    max_step_tokens=st.integers(6, 16),
+    continuous=st.booleans(),
+    chunked_prefill=st.booleans(),
+    preemption=st.booleans(),
+    prefix_reuse=st.booleans(),
+)
+REQUESTS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 1), min_size=1, max_size=8),  # prompt
+        st.integers(1, 4),  # tokens to generate
+        st.integers(0, 12),  # step of arrival
+        st.sampled_from([1, 1, 1, 2]),  # samples
+        st.none() | st.integers(1, 20),  # step of cancellation
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def next_token(context: list[int]) -> int:
+    """What a model that looks at its whole context would say."""
+    return sum((place + 3) * token for place, token in enumerate(context)) % 5
+
+
+class Machine:
+    """Runs batches on a memory of (block, offset) -> token, as a device would, some time after they were scheduled."""
+
+    def __init__(self, options: EngineOptions, depth: int) -> None:
+        assert options.num_blocks is not None
+        self.pool = BlockPool(options.num_blocks, options.block_size, options.prefix_reuse)
+        self.scheduler = Scheduler(self.pool, options)
+        self.options, self.depth = options, depth
+        self.memory: dict[tuple[int, int], int] = {}
+        self.under_way: deque[tuple[Batch, list[int | None]]] = deque()
+        self.ended: dict[int, list[int]] = {}
+        self.next_id = 100
+
+    def launch(self, now_s: float) -> None:
+        """Schedule a batch, check it, and run it; its tokens come back later. If none can run, one comes back now."""
+        batch = self.scheduler.schedule(now_s)
+        if not batch.chunks:
+            if self.under_way:
+                self.land()
+            return
+        self.check(batch)
+        for old, new in batch.copies:
+            for offset in range(self.pool.block_size):
+                if (old, offset) in self.memory:
+                    self.memory[new, offset] = self.memory[old, offset]
+        tokens: list[int | None] = []
+        for chunk in batch.chunks:
+            where = [
+                (chunk.block_table[at // self.pool.block_size], at % self.pool.block_size) for at in range(chunk.end)
+            ]
+            self.memory.update(zip(where[chunk.start :], chunk.token_ids))
+            context = [self.memory[place] for place in where]
+            assert context == self.scheduler.requests[chunk.request_id].tokens[: chunk.end]
+            tokens.append(next_token(context) if chunk.samples else None)
+        self.under_way.append((batch, tokens))
+
+    def check(self, batch: Batch) -> None:
+        """The limits hold, no request is in two batches, and decodes come first."""
+        sizes = [len(chunk.token_ids) for chunk in batch.chunks]
+        assert len({chunk.request_id for chunk in batch.chunks}) == len(batch.chunks) <= self.options.max_running
+        busy = {chunk.request_id for other, _ in self.under_way for chunk in other.chunks}
+        assert not busy & {chunk.request_id for chunk in batch.chunks}
+        if self.options.chunked_prefill or sum(size > 1 for size in sizes) > 1:
+            assert sum(sizes) <= self.options.max_step_tokens
+        assert sum(each.samples for each in self.scheduler.running) <= self.options.max_running
+        if not self.options.preemption:
+            assert not batch.preempted
+
+    def land(self) -> None:
+        """The oldest batch under way comes back."""
+        batch, tokens = self.under_way.popleft()
+        self.scheduler.postprocess(batch, tokens)
+        for chunk in batch.chunks:
+            request = self.scheduler.requests.get(chunk.request_id)
+            if request is None or not chunk.samples:
+                continue
+            if request.samples > 1:
+                self.fork(request)
+            if len(request.tokens) >= request.longest:
+                self.ended[request.request_id] = list(request.tokens)
+                self.scheduler.remove(request.request_id)
+
+    def fork(self, request: ScheduledRequest) -> None:
+        """A second sample goes on from the prompt with another first token."""
+        self.next_id += 1
+        twin = ScheduledRequest(self.next_id, [*request.tokens[:-1], 7], request.longest)
+        self.scheduler.fork(request.request_id, twin)
+        if len(twin.tokens) >= twin.longest:
+            self.ended[twin.request_id] = list(twin.tokens)
+            self.scheduler.remove(twin.request_id)
+
+
+def alone(tokens: list[int], longest: int) -> list[int]:
+    """What a request gets by itself."""
+    tokens = list(tokens)
+    while len(tokens) < longest:
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+@settings(deadline=None, max_examples=300)
+@given(OPTIONS, REQUESTS, st.integers(1, 3))
+def test_everyone_gets_what_they_would_get_alone(options: EngineOptions, requests: list, depth: int) -> None:
+    machine = Machine(options, depth)
+    scheduler, expected = machine.scheduler, {}
+    cancelled = set()
+    for step in range(1000):
+        for number, (prompt, new, arrival, samples, cancel) in enumerate(requests):
+            if arrival == step:
+                request = ScheduledRequest(number, list(prompt), len(prompt) + new, float(step), samples=samples)
+                try:
+                    scheduler.add(request)
+                except ValueError:
+                    cancelled.add(number)
+                    continue
+                expected[number] = alone(prompt, len(prompt) + new)
+            if cancel is not None and arrival + cancel == step and number in scheduler.requests:
+                before, in_flight = machine.pool.num_used, scheduler.requests[number].in_flight
+                held = scheduler.requests[number].status is Status.RUNNING
+                scheduler.remove(number)
+                cancelled.add(number)
+                if held and not in_flight and not options.prefix_reuse and machine.next_id == 100:
+                    assert machine.pool.num_used < before  # at once
+        while len(machine.under_way) >= depth:
+            machine.land()
+        machine.launch(float(step))
+        if not machine.under_way and not scheduler.has_work and step > 12:
+            break
+    else:
+        raise AssertionError("the requests never end")
+    for number in expected.keys() - cancelled:
+        assert machine.ended[number] == expected[number]
+    for number, tokens in machine.ended.items():
+        if number > 100:  # a fork
+            assert tokens == alone(tokens[: tokens.index(7) + 1], len(tokens))
+    assert machine.pool.num_free == options.num_blocks
+    assert not (scheduler.waiting or scheduler.running)
+
+
+def start(options: EngineOptions, *prompts: int, new: int = 4) -> Machine:
+    """A machine with requests of these prompt lengths waiting."""
+    machine = Machine(replace(options, num_blocks=options.num_blocks or 64), 1)
+    for number, length in enumerate(prompts):
+        machine.scheduler.add(ScheduledRequest(number, [1] * length, length + new, number))
+    return machine
+
+
+def sizes(machine: Machine) -> list[tuple[int, int]]:
+    """(request, tokens) of the next batch, which is run at once."""
+    machine.launch(0.0)
+    batch, _ = machine.under_way[-1]
+    machine.land()
+    return [(chunk.request_id, len(chunk.token_ids)) for chunk in batch.chunks]
+
+
+SMALL = EngineOptions(block_size=4, max_running=4, max_step_tokens=8)
+
+
+def test_decodes_first_then_prompts_begun_then_new_ones() -> None:
+    machine = start(SMALL, 3, 20, 2)
+    assert sizes(machine) == [(0, 3), (1, 5)]
+    assert sizes(machine) == [(0, 1), (1, 7)]
+    assert sizes(machine) == [(0, 1), (1, 7)]
+    assert sizes(machine) == [(0, 1), (1, 1), (2, 2)]
+
+
+def test_without_chunks_a_prompt_runs_whole() -> None:
+    machine = start(replace(SMALL, chunked_prefill=False), 3, 20, 2)
+    assert sizes(machine) == [(0, 3)]  # 20 are above what is left
+    assert sizes(machine) == [(0, 1), (1, 20)]
+    assert sizes(machine) == [(0, 1), (1, 1), (2, 2)]
+
+
+def test_a_static_batch_ends_before_the_next_begins() -> None:
+    machine = start(replace(SMALL, continuous=False, max_running=2), 3, 3, 3, new=2)
+    assert [sizes(machine) for _ in range(4)] == [[(0, 3), (1, 3)], [(0, 1), (1, 1)], [(2, 3)], [(2, 1)]]
+
+
+def test_the_latest_is_preempted_and_comes_back() -> None:
+    machine = start(replace(SMALL, num_blocks=3), 4, 4, new=6)
+    assert sizes(machine) == [(0, 4), (1, 4)]
+    assert sizes(machine) == [(0, 1)]  # both want a second block; there is one
+    assert machine.scheduler.requests[1].status is Status.WAITING
+    while machine.scheduler.has_work:
+        sizes(machine)
+    assert {number: len(tokens) for number, tokens in machine.ended.items()} == {0: 10, 1: 10}
+
+
+def test_without_preemption_the_longest_length_is_reserved() -> None:
+    machine = start(replace(SMALL, num_blocks=4, preemption=False), 4, 4, new=6)
+    assert sizes(machine) == [(0, 4)]  # it may grow to three blocks of the four
+
+
+def test_priority_goes_before_arrival() -> None:
+    machine = start(replace(SMALL, max_running=1), 2, 2, new=1)
+    machine.scheduler.requests[1].priority = -1.0
+    assert sizes(machine) == [(1, 2)]
+
+
+def test_an_order_of_ones_own() -> None:
+    machine = start(replace(SMALL, max_running=1), 5, 2, new=1)
+    machine.scheduler.order = lambda request, now_s: len(request.tokens)  # the shortest first
+    assert sizes(machine) == [(1, 2)]
+
+
+def test_what_can_never_run_is_refused_and_others_stay() -> None:
+    machine = start(replace(SMALL, num_blocks=2), 4)
+    for request, text in (
+        (ScheduledRequest(1, [1] * 4, 9), "may grow to 9 tokens, but the KV cache has room for 8"),
+        (ScheduledRequest(0, [1], 2), "there is a request 0 already"),
+        (ScheduledRequest(1, [1], 2, samples=5), "n=5 samples, but only 4"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            machine.scheduler.add(request)
+    assert sizes(machine) == [(0, 4)]
+
+
+def test_a_batch_that_did_not_run_is_taken_again() -> None:
+    machine = start(SMALL, 3, 20)
+    first = machine.scheduler.schedule(0.0)
+    machine.scheduler.abandon(first)
+    again = machine.scheduler.schedule(0.0)
+    assert again.chunks == first.chunks
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"block_size": 0}, "block_size=0: give a whole number from 1"),
+        ({"max_running": -3}, "max_running=-3"),
+        ({"max_step_tokens": 2.5}, "max_step_tokens=2.5"),
+        ({"num_blocks": True}, "num_blocks=True"),
+        ({"continuous": 1}, "continuous=1: give True or False"),
+        ({"max_running": 600}, "max_step_tokens=512 is below max_running=600"),
+    ],
+)
+def test_options_that_cannot_be(values: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        EngineOptions(**values)
