@@ -1,4 +1,4 @@
-"""The command line: `python -m minillm doctor | generate`. Errors are one line and exit status 2; --debug shows the traceback."""
+"""The command line: `python -m minillm doctor | generate | bench | serve`. Errors are one line and exit status 2; --debug shows the traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from dataclasses import fields
+from typing import Any, NoReturn
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minillm", description="Distributed LLM inference, step by step.")
-    commands = parser.add_subparsers(dest="name", required=True, parser_class=_Parser, metavar="doctor | generate")
+    commands = parser.add_subparsers(
+        dest="name", required=True, parser_class=_Parser, metavar="doctor | generate | bench | serve"
+    )
     _command(commands, "doctor", doctor, "what this machine can run, and what is missing")
     generate_options = _command(commands, "generate", generate, "answer a prompt with a model")
     generate_options.add_argument("--prompt", required=True, help="the question, or with --raw the text to continue")
@@ -55,11 +58,64 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens with probability P"
     )
     generate_options.add_argument("--seed", type=int, metavar="S", help="makes sampled text repeatable")
-    generate_options.add_argument(
+    _add_model(generate_options)
+    _add_bench(_command(commands, "bench", bench, "measure the engine under a load of random requests"))
+    _add_serve(_command(commands, "serve", serve, "answer HTTP requests as OpenAI's API does"))
+    return parser
+
+
+def _add_model(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
         "--model", metavar="CHECKPOINT", help="a folder or hub name (default: the embedded SmolLM2-135M)"
     )
-    generate_options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    return parser
+    options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+
+
+def _add_bench(options: argparse.ArgumentParser) -> None:
+    _add_model(options)
+    options.add_argument("--requests", type=int, default=32, metavar="N", help="how many (default 32)")
+    options.add_argument(
+        "--rate", type=float, default=float("inf"), metavar="R", help="requests per second (default: all at once)"
+    )
+    options.add_argument(
+        "--lengths", default="azure-conversation", metavar="NAME", help="azure-conversation (default) or azure-code"
+    )
+    options.add_argument(
+        "--trace", metavar="FILE", help="replay an Azure trace: a CSV file, azure-conversation or azure-code"
+    )
+    options.add_argument("--scale", type=float, default=0.125, metavar="F", help="times all lengths (default 0.125)")
+    options.add_argument("--slo-ttft", type=float, metavar="S", help="seconds to the first token (with --slo-tpot)")
+    options.add_argument("--slo-tpot", type=float, metavar="S", help="seconds per token after it")
+    options.add_argument("--seed", type=int, default=0, metavar="S", help="of arrivals and lengths (default 0)")
+    _add_engine(options, prefix_reuse=False)
+
+
+def _add_serve(options: argparse.ArgumentParser) -> None:
+    _add_model(options)
+    options.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    options.add_argument("--port", type=int, default=8000, help="port; 0 for any free one (default 8000)")
+    options.add_argument("--api-key", metavar="KEY", help="what clients must send; or set MINILLM_API_KEY")
+    options.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests under way (default 256)")
+    _add_engine(options, prefix_reuse=True)
+
+
+def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
+    """The engine's limits and switches."""
+    switch = argparse.BooleanOptionalAction
+    options.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens per block (default 16)")
+    options.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (default: by memory)")
+    options.add_argument("--max-running", type=int, default=64, metavar="N", help="requests at a time (default 64)")
+    options.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="per step (default 512)")
+    options.add_argument("--continuous", action=switch, default=True, help="requests join while others run")
+    options.add_argument("--chunked-prefill", action=switch, default=True, help="prompts are cut to the step's budget")
+    options.add_argument("--preemption", action=switch, default=True, help="blocks may be taken back")
+    options.add_argument("--prefix-reuse", action=switch, default=prefix_reuse, help="equal beginnings share blocks")
+
+
+def _engine_options(options: argparse.Namespace) -> Any:
+    from minillm.policy.options import EngineOptions
+
+    return EngineOptions(**{field.name: getattr(options, field.name) for field in fields(EngineOptions)})
 
 
 def _command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
@@ -107,4 +163,60 @@ def generate(options: argparse.Namespace) -> int:
         "e2e_s": metrics.e2e_s,
     }
     print(json.dumps(figures, indent=1, ensure_ascii=False))
+    return 0
+
+
+def _arrivals(options: argparse.Namespace) -> list[Any]:
+    """The requests that a bench asks for, with the lengths of their source."""
+    from random import Random
+
+    from minillm.trace.workload import PUBLISHED, TRACES, find_trace, poisson, read_trace, resample
+
+    if options.trace is None:
+        if options.lengths not in PUBLISHED:
+            raise ValueError(f"--lengths {options.lengths!r} is not known; choose one of {', '.join(PUBLISHED)}")
+        return poisson(options.requests, options.rate, PUBLISHED[options.lengths], Random(options.seed))
+    file = find_trace(options.trace) if options.trace in TRACES else options.trace
+    if file is None:
+        raise ValueError(
+            f"{TRACES[options.trace]} is not here: get it from Azure/AzurePublicDataset on GitHub, and set MINILLM_DATA to its folder"
+        )
+    if options.requests < 1:
+        raise ValueError(f"--requests {options.requests}: give a whole number from 1")
+    return resample(read_trace(file), options.requests, options.rate)
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Drive the engine with requests that arrive at random, and report what users would feel."""
+    from minillm.hardware.machine import machine
+    from minillm.llm import LLM
+    from minillm.load import drive
+    from minillm.trace.metrics import SLO, Report
+    from minillm.trace.workload import fit
+
+    if (options.slo_ttft is None) != (options.slo_tpot is None):
+        raise ValueError("an SLO has two sides: give both --slo-ttft and --slo-tpot")
+    slo = SLO(options.slo_ttft, options.slo_tpot) if options.slo_ttft is not None else None
+    drawn = _arrivals(options)
+    llm = LLM(options.model, device=options.device, options=_engine_options(options))
+    arrivals = fit(drawn, options.scale, llm.config.max_positions)
+    report = Report.of(drive(llm, arrivals, options.seed).lives, slo)
+    if options.json:
+        about = {"model": llm.folder.name, "device": llm.device.type, "engine": vars(llm.options), **machine()}
+        print(json.dumps({**about, **report.as_dict()}, indent=1))
+    else:
+        prompts = sum(arrival.prompt_tokens for arrival in arrivals)
+        print(f"{llm.folder.name} on {llm.device.type}: {len(arrivals)} requests, {prompts:,} prompt tokens")
+        print(report.as_text())
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Answer HTTP requests until interrupted."""
+    from minillm.llm import LLM
+    from minillm.serve.app import serve as run
+
+    llm = LLM(options.model, device=options.device, options=_engine_options(options))
+    key = options.api_key or os.environ.get("MINILLM_API_KEY")
+    run(llm, options.host, options.port, key, options.max_queue)
     return 0

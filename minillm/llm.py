@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minillm.engine.engine import Engine
-from minillm.engine.request import Piece, Request, RequestOutput
+from minillm.engine.request import Piece, Request, RequestOutput, number, with_twins
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
 from minillm.model.config import DTYPE_BYTES, read_config
@@ -75,7 +75,7 @@ class LLM:
         `params` is one `SamplingParams` for all, or one for each. `trace` then holds this run.
         """
         requests = self._requests(prompts, params)
-        for _ in self._serve(requests):
+        for _ in self._pieces(requests):
             pass
         return [request.output() for request in requests]
 
@@ -87,8 +87,7 @@ class LLM:
         recorder = self._new_recorder(activations=True)
         with one_thread():
             engine = Engine(self.model, self.options, recorder)
-            for number, request in enumerate(each for first in requests for each in [first, *first.twins]):
-                request.scheduled.request_id = request.life.request_id = number
+            number(requests, 0)
             engine.add(requests)
             for _ in engine.run():
                 pass
@@ -100,7 +99,37 @@ class LLM:
         Its requests join those that run already, such as another stream's; closing the iterator cancels them.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return self._serve(self._requests([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
+        return self._pieces(self._requests([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
+
+    def prepare(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Request]:
+        """Requests for `submit`, checked: raises `ValueError` for what `generate` refuses. Their `inbox` is shared."""
+        return self._requests(prompts, params)
+
+    def submit(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
+        """Let prepared requests wait, and return at once; `step` then serves them, and their `inbox` gets what they give.
+
+        `arrived_s` is when they came, on the monotonic clock; now by default.
+        """
+        self.next_id = number(requests, self.next_id)
+        self.engine.add(requests, arrived_s)
+
+    def new_trace(self) -> None:
+        """What happens from now on goes into a new `trace`."""
+        recorder = self._new_recorder(on_span=self.on_span)
+        self.trace, self.next_id = recorder.trace, 0
+        self.engine.record(recorder)
+
+    def step(self) -> list[Piece]:
+        """One step of the engine, for all requests that wait or run; none when there are none."""
+        with one_thread():
+            return self.engine.step() if self.engine.requests else []
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """End requests; their blocks are free at once. Those that have ended stay as they are."""
+        if "engine" in self.__dict__:
+            self.engine.cancel(requests)
 
     def chat(self, message: str | list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a question, or continue a conversation [{"role": "user", "content": "…"}, …], by the chat template."""
@@ -142,32 +171,21 @@ class LLM:
         """What serves the requests; it and its KV cache stay between calls."""
         return Engine(self.model, self.options, self._new_recorder())
 
-    def _number(self, requests: list[Request]) -> None:
-        """Give requests their ids; what joins nobody begins a new trace."""
-        if not self.engine.requests:
-            recorder = self._new_recorder(on_span=self.on_span)
-            self.trace, self.next_id = recorder.trace, 0
-            self.engine.record(recorder)
-        for request in [each for first in requests for each in [first, *first.twins]]:
-            request.scheduled.request_id = request.life.request_id = self.next_id
-            self.next_id += 1
-
-    def _serve(self, requests: list[Request]) -> Iterator[Piece]:
-        """Yield what the requests give; steps of the engine serve all others too."""
+    def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
+        """Yield what the requests give; the steps serve all others too."""
         inbox = requests[0].inbox
         try:
-            self._number(requests)
-            self.engine.add(requests)
+            if not self.engine.requests:
+                self.new_trace()
+            self.submit(requests)
             while True:
                 while inbox:
                     yield inbox.popleft()
-                if all(each.finish_reason is not None for first in requests for each in [first, *first.twins]):
+                if all(each.finish_reason is not None for each in with_twins(requests)):
                     return
-                with one_thread():
-                    self.engine.step()
+                self.step()
         finally:
-            if "engine" in self.__dict__:
-                self.engine.cancel(requests)
+            self.cancel(requests)
 
     def _new_recorder(self, **options: Any) -> Recorder:
         """A recorder that says what runs here, and on what."""
@@ -198,7 +216,7 @@ class LLM:
                 raise ValueError(f"{one!r} are no sampling parameters: write SamplingParams(max_tokens=…)")
         tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
         inbox: deque[Piece] = deque()
-        requests = [self._request(number, ids, one, inbox) for number, (ids, one) in enumerate(zip(tokens, each))]
+        requests = [self._request(index, ids, one, inbox) for index, (ids, one) in enumerate(zip(tokens, each))]
         for request in requests:
             self.engine.scheduler.check(request.scheduled)
         return requests

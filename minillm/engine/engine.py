@@ -7,12 +7,12 @@ tokens and requests, and nothing of texts beyond the stop strings. One thread at
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
-from minillm.engine.request import Piece, Request
+from minillm.engine.request import Piece, Request, with_twins
 from minillm.kv.paged import PagedCache
 from minillm.model.cost import pass_cost
 from minillm.model.decoder import Decoder
@@ -49,16 +49,18 @@ class Engine:
         self.recorder = recorder
         recorder.memory(Category.WEIGHTS, sum(parameter.nbytes for parameter in self.model.parameters()))
 
-    def add(self, requests: list[Request]) -> None:
-        """Let requests wait; all of them or, with a `ValueError` for one that can never run, none."""
+    def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
+        """Let requests wait that came at `arrived_s`, or now; all of them or, with a `ValueError` for one that can never
+        run, none.
+        """
         for request in requests:
             self.scheduler.check(request.scheduled)
-        now = time.monotonic()
+        when = time.monotonic() if arrived_s is None else arrived_s
         for request in requests:
-            request.scheduled.arrival_s = now
+            request.scheduled.arrival_s = when
             self.scheduler.add(request.scheduled)
             self._enter(request)
-            request.life.note(Event.ARRIVED, now)
+            request.life.note(Event.ARRIVED, when)
 
     def run(self) -> Iterator[Piece]:
         """Step until every request has finished; yields what each step added."""
@@ -123,9 +125,9 @@ class Engine:
         self._note_cache()
         return pieces
 
-    def cancel(self, requests: list[Request]) -> None:
+    def cancel(self, requests: Iterable[Request]) -> None:
         """End requests that have not ended yet; their blocks are free at once."""
-        for request in [each for first in requests for each in [first, *first.twins]]:
+        for request in with_twins(requests):
             if request.finish_reason is None:
                 request.cancel(time.monotonic())
                 if request.request_id in self.requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from minillm.model.sampling import SamplingParams
@@ -128,3 +129,16 @@ class Request:
             )
         piece, self.shown = self.text[self.shown : end], max(self.shown, end)
         return piece
+
+
+def with_twins(requests: Iterable[Request]) -> list[Request]:
+    """Requests and the other samples of their prompts."""
+    return [each for first in requests for each in [first, *first.twins]]
+
+
+def number(requests: Iterable[Request], next_id: int) -> int:
+    """Give requests their ids from `next_id` on; returns the first one that is free."""
+    for request in with_twins(requests):
+        request.scheduled.request_id = request.life.request_id = next_id
+        next_id += 1
+    return next_id

@@ -116,6 +116,12 @@ class Trace:
                 peaks[sample.category] = max(peaks.get(sample.category, 0), sample.bytes)
         return peaks
 
+    def trim(self, spans: int) -> None:
+        """Forget the oldest once there are more than twice as many: what a server keeps is a window."""
+        for kept in (self.spans, self.memory, self.lives):
+            if len(kept) > 2 * spans:
+                del kept[:-spans]
+
     @classmethod
     def of_ranks(cls, traces: Sequence[Trace]) -> Trace:
         """One trace from what each rank recorded for itself: the n-th becomes rank n."""

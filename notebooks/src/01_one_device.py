@@ -106,12 +106,16 @@ for tokens in (1, 2, 3, 4):
 # %% [markdown]
 # Two things to see. Old *queries* are never used again. Old *keys and values* are used at every step, and they never
 # change. So compute them once and keep them: that is the **KV cache**. Without it, step 1,000 would compute 1,000 tokens
-# to get one. You will write it yourself in the exercises. The engine's is this:
+# to get one. You will write it yourself in the exercises. The engine's is cut into blocks, for a reason that lesson 03
+# tells; writing to it and reading from it are a line or two each:
 
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
 
-show_source("kv.contiguous.ContiguousCache.append")
+show_source("kv.paged.PagedCache.write")
+
+# %% tags=["nbval-ignore-output"]
+show_source("kv.paged.PagedCache.read")
 
 # %% [markdown]
 # ## Look: one run on one rank
@@ -234,27 +238,28 @@ show(draw_kv_growth(name, SHAPES[name], find_device("H100"), (1, 16, 64), findin
 # %% [markdown]
 # ## Break it
 #
-# Twenty of the cached tokens lose their values, as if their memory had been given to another request too early.
+# The first sixteen cached tokens lose their values, as if their block had been given to another request too early.
 
 # %%
-lost = Predict("01.lost_values", "Twenty cached values are lost. What comes out?",
+lost = Predict("01.lost_values", "Sixteen cached values are lost. What comes out?",
                choices=("an error", "the same answer", "noise", "a fluent answer that is wrong"))
 lost
 
 # %%
 from unittest.mock import patch
 
-from minillm.kv.contiguous import ContiguousCache
+from minillm.kv.paged import PagedCache
+
+write = PagedCache.write
 
 
-class Forgetful(ContiguousCache):
-    def append(self, layer, slot, start, keys, values):
-        if start > 0:  # from the first decode step on
-            self.values[layer, slot, :, :20] = 0
-        return super().append(layer, slot, start, keys, values)
+def forgetful(self, layer, blocks, offsets, keys, values):
+    if len(keys) == 1:  # in a decode step
+        self.values[layer, 0] = 0  # block 0 has the prompt's first 16 tokens
+    write(self, layer, blocks, offsets, keys, values)
 
 
-with patch("minillm.engine.engine.ContiguousCache", Forgetful):
+with patch.object(PagedCache, "write", forgetful):
     print(llm.generate([prompt], SamplingParams(max_tokens=16))[0].text)
 
 # %%

@@ -1,0 +1,1 @@
+"""The engine behind HTTP: OpenAI's completions and chat, streamed or whole."""
