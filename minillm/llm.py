@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -151,6 +152,14 @@ class LLM:
         self.trace = recorder.trace
         with one_thread(), recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
             return self.model(Batch((Chunk(0, 0, tuple(token_ids), (0,)),)), cache, every_row=True)
+
+    def with_options(self, options: EngineOptions) -> LLM:
+        """The same weights under an engine of its own, with other limits and switches."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("engine", None)
+        twin.options, twin.trace = _options(options), Trace()
+        twin._check_open()
+        return twin
 
     def close(self) -> None:
         """Let go of the weights and the KV cache."""

@@ -22,6 +22,10 @@ from minillm.ranks.toy_world import ToyRun
 ALONE = "; the cell runs by itself: define in it what it uses (torch and math are there)"
 
 
+class RuleError(ValueError):
+    """An attempt broke a rule of its exercise; the verdict tells the rule, and no place in our code."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One input: a value per rank, or the arguments of a function. `label` is how a verdict calls it."""
@@ -190,6 +194,8 @@ def _work_problem(exercise: Exercise, case: Case, outcome: Outcome) -> str:
 
 def error_text(error: BaseException) -> str:
     """An error in one line of some 200 characters, its line in the cell, and what helps against a missing name."""
+    if isinstance(error, RuleError):
+        return str(error)
     message = " ".join(f"{type(error).__name__}: {error}".split())
     where = line_of_error(error)
     alone = ALONE if isinstance(error, NameError) else ""

@@ -21,9 +21,19 @@ from minillm.viz.style import png
 EXERCISES = all_exercises()
 SCREEN_LINES, SCREEN_COLUMNS = 12, 200
 
-TOTAL, TELL, SHIFT, CACHE, KV, BATCH = (
+TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE = (
     EXERCISES[name].solution
-    for name in ("00.total", "00.tell", "00.shift", "01.kv_cache", "01.kv_bytes", "01.enough_batch")
+    for name in (
+        "00.total",
+        "00.tell",
+        "00.shift",
+        "01.kv_cache",
+        "01.kv_bytes",
+        "01.enough_batch",
+        "02.static_steps",
+        "02.seats_taken",
+        "02.schedule",
+    )  # fmt: skip
 )
 
 
@@ -63,6 +73,17 @@ WRONG = {
     "01.kv_cache, off by one": ("01.kv_cache", CACHE.replace('cache["k"].T /', 'cache["k"].roll(1, 0).T /'), ["call 1 at [0]: expected -0.874", "got"]),
     "01.kv_cache, 3 x": ("01.kv_cache", CACHE.replace("q, k, v = project(new)", "project(new); project(new)\n    q, k, v = project(new)"), ["took 6 projected rows; the target is 2, 3.0× as much"]),
     "01.kv_cache, remembered": ("01.kv_cache", "seen = {}\n" + EXERCISES["01.kv_cache"].starter.replace("q, k, v = project(x)", "q, k, v = seen.setdefault((len(x), x.sum().item()), None) or seen.update(a=project(x)) or seen['a']"), ["projected rows; the target is 2"]),
+    "02.static_steps, off by one": ("02.static_steps", STEPS.replace("max(answers[i:i + seats])", "max(answers[i:i + seats]) + 1"), ["2 seats: expected 5, got 6"]),
+    "02.static_steps, the last batch lost": ("02.static_steps", STEPS.replace("range(0, len(answers), seats)", "range(0, len(answers) - 1, seats)"), ["seven answers, 3 seats: expected 16, got 10"]),
+    "02.seats_taken, overload": ("02.seats_taken", SEATS.replace("grows >= 1", "grows > 99"), ["10 requests/s", "expected -1, got -15"]),
+    "02.schedule, above the budget": ("02.schedule", SCHEDULE.replace("budget -= tokens", "pass"), ["a prompt above the budget", "the plan has 13 tokens, but the budget of a step is 8"]),
+    "02.schedule, too many seats": ("02.schedule", SCHEDULE.replace("waiting[:seats - len(running)]", "waiting"), ["the plan would seat 3 requests, but there are 2 seats"]),
+    "02.schedule, prompts first": ("02.schedule", SCHEDULE.replace("each.left > 1", "-each.left"), ["request 0: longest wait for a token, in steps: expected 1, got 4"]),
+    "02.schedule, one at a time": ("02.schedule", SCHEDULE.replace("return plan", "return plan[:1]"), ["took 5 steps; the target is 3, 1.7× as much"]),
+    "02.schedule, nothing": ("02.schedule", SCHEDULE.replace("return plan", "return []"), ["the plan is empty, though requests wait or run"]),
+    "02.schedule, twice": ("02.schedule", SCHEDULE.replace("return plan", "return plan + plan"), ["request 0 stands in the plan twice"]),
+    "02.schedule, no pairs": ("02.schedule", SCHEDULE.replace("plan.append((request, tokens))", "plan.append(request)"), ["a plan is a list of pairs (request, tokens)"]),
+    "02.schedule, too many tokens": ("02.schedule", SCHEDULE.replace("min(request.left, budget)", "budget"), ["16 tokens for request 0 (4 left): give it 1 … 4"]),
 }  # fmt: skip
 
 

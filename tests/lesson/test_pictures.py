@@ -18,11 +18,13 @@ from minillm.hardware.devices import DEVICES
 from minillm.model.shapes import SHAPES
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
+from minillm.viz.curve import Point, draw_curve
 from minillm.viz.live import Timeline
 from minillm.viz.memory import draw_memory
 from minillm.viz.requests import draw_latency, draw_requests
 from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
+from minillm.viz.seats import busy_share, draw_seats, take_seats
 from minillm.viz.style import new_figure, png
 from minillm.viz.timeline import draw_timeline, memory_steps
 from minillm.viz.traffic import draw_traffic, traffic_of
@@ -253,3 +255,32 @@ def test_ring_view_lights_up_and_has_a_still_form() -> None:
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     assert data["text/plain"] == "RingView(3)"
     assert "image/png" in data
+
+
+def sitting(number: int, began: float, *tokens: float) -> RequestLife:
+    moments = [(Event.ARRIVED, 0.0), (Event.STARTED, began), *((Event.TOKEN, at) for at in tokens)]
+    return RequestLife(number, moments=moments)
+
+
+def test_seats_are_taken_in_turn() -> None:
+    """Two seats: the third request sits where the first one left."""
+    lives = [sitting(0, 0.0, 1.0, 2.0), sitting(1, 0.0, 1.0, 5.0), sitting(2, 2.0, 3.0, 4.0)]
+    assert [[life.request_id for life in seat] for seat in take_seats(lives)] == [[0, 2], [1]]
+    assert busy_share(lives) == pytest.approx(0.9)
+    figure = draw_seats({"one": Trace(lives=lives), "two": Trace(lives=lives[:2])}, "Seats are taken")
+    assert png(figure).startswith(b"\x89PNG")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "one: 5 s, seats taken 90% of the time",
+        "two: 5 s, seats taken 70% of the time",
+    ]
+    with pytest.raises(ValueError, match="no request that got a token"):
+        draw_seats({"none": Trace()}, "x")
+
+
+def test_a_curve_of_throughput_over_latency() -> None:
+    points = [Point(1, 20.0, 0.05), Point(8, 100.0, 0.08)]
+    figure = draw_curve({"here": points}, "There is a knee", "measured · here", (60.0, "your guess"))
+    axis = figure.axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("ms per token of one request (TPOT)", "tokens/s of all requests")
+    assert {text.get_text() for text in axis.texts} == {"batch 1", "8", "your guess 60"}
+    assert png(draw_curve({"a": points, "b": points[:1]}, "x", "y")).startswith(b"\x89PNG")

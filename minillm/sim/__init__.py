@@ -1,0 +1,1 @@
+"""Simulated systems: the engine's own policies with computed step times. No torch."""

@@ -1,0 +1,91 @@
+"""One engine on a computed clock: the scheduler that the real engine drives, with step times from the roofline.
+
+A step takes as long as the slower of computing its operations and moving its bytes, on a named device; nothing else is
+counted, so a real engine is slower. The file knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from minillm.hardware.devices import Device
+from minillm.model.config import DTYPE_BYTES, ModelConfig
+from minillm.model.cost import pass_cost
+from minillm.policy.blocks import BlockPool
+from minillm.policy.options import EngineOptions
+from minillm.policy.scheduler import Order, ScheduledRequest, Scheduler, first_come
+from minillm.trace.life import Event, RequestLife
+from minillm.trace.trace import Clock, Kind, Span, Trace
+from minillm.trace.workload import Arrival
+
+
+def simulate(
+    arrivals: Sequence[Arrival],
+    config: ModelConfig,
+    device: Device,
+    dtype: str,
+    options: EngineOptions | None = None,
+    order: Order = first_come,
+) -> Trace:
+    """Serve the requests on one `device`; returns a trace whose clock is *planned*, from second 0.
+
+    Without `num_blocks` the KV cache has what the device's memory leaves beside the weights. Raises `ValueError` for a
+    model or a request that does not fit.
+    """
+    options = options or EngineOptions()
+    scheduler = Scheduler(
+        BlockPool(options.num_blocks or _blocks(config, device, dtype, options), options.block_size), options, order
+    )
+    lives = {
+        number: RequestLife(number, prompt_tokens=arrival.prompt_tokens) for number, arrival in enumerate(arrivals)
+    }
+    coming = deque(sorted(enumerate(arrivals), key=lambda each: each[1].time_s))
+    trace = Trace(
+        clock=Clock.PLANNED, about={"model": "", "dtype": dtype, "device": device.name}, lives=list(lives.values())
+    )
+    now_s = 0.0
+    while coming or scheduler.has_work:
+        while coming and coming[0][1].time_s <= now_s:
+            number, arrival = coming.popleft()
+            longest = arrival.prompt_tokens + arrival.new_tokens
+            scheduler.add(ScheduledRequest(number, [0] * arrival.prompt_tokens, longest, arrival.time_s))
+            lives[number].note(Event.ARRIVED, arrival.time_s)
+        batch = scheduler.schedule(now_s)
+        if not batch.chunks:
+            now_s = coming[0][1].time_s
+            continue
+        for number in batch.preempted:
+            lives[number].note(Event.PREEMPTED, now_s)
+        for chunk in batch.chunks:
+            if lives[chunk.request_id].moments[-1][0] in (Event.ARRIVED, Event.PREEMPTED):
+                lives[chunk.request_id].note(Event.STARTED, now_s)
+        cost = pass_cost(config, batch, DTYPE_BYTES[dtype]).total
+        began_s, now_s = now_s, now_s + cost.time_s(device.flops_per_s(dtype), device.bytes_per_s)
+        sizes = [len(chunk.token_ids) for chunk in batch.chunks]
+        kind = Kind.DECODE if max(sizes) == 1 else Kind.PREFILL
+        ids = tuple(chunk.request_id for chunk in batch.chunks)
+        trace.spans.append(
+            Span(0, kind, kind.value, began_s, now_s, len(trace.spans) + 1, tokens=sum(sizes), request_ids=ids,
+                 flops=cost.flops, memory_bytes=cost.memory_bytes)
+        )  # fmt: skip
+        scheduler.postprocess(batch, [0 if chunk.samples else None for chunk in batch.chunks])
+        for chunk in batch.chunks:
+            if chunk.samples:
+                lives[chunk.request_id].note(Event.TOKEN, now_s)
+                if chunk.end + 1 >= scheduler.requests[chunk.request_id].longest:
+                    lives[chunk.request_id].note(Event.FINISHED, now_s)
+                    scheduler.remove(chunk.request_id)
+    return trace
+
+
+def _blocks(config: ModelConfig, device: Device, dtype: str, options: EngineOptions) -> int:
+    """Blocks that fit into nine tenths of the device's memory beside the weights."""
+    weights = config.parameters * DTYPE_BYTES[dtype]
+    left = 0.9 * device.memory_bytes - weights
+    blocks = int(left // (options.block_size * config.kv_numbers_per_token * DTYPE_BYTES[dtype]))
+    if blocks < 1:
+        raise ValueError(
+            f"the weights take {weights / 1e9:.0f} GB and {device.name} has {device.memory_bytes / 1e9:.0f}: they do not fit"
+        )
+    return blocks

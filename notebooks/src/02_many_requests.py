@@ -1,0 +1,344 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: notebooks//ipynb,notebooks/src//py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 · Many requests
+#
+# **Forty people ask one machine at once. How long must each of them wait?**
+#
+# 45 minutes, and about 40 for the exercises · comes after 01 · needs nothing but this machine
+#
+# Two questions from before: what does a decode step spend its time on? And which of prefill and decode gets cheaper per
+# request when eight run together?
+#
+# | term | 中文 | in one line |
+# |---|---|---|
+# | static batching | 静态批处理 | a batch starts together, and the next one waits for its last answer |
+# | continuous batching | 连续批处理 | whoever finishes leaves, whoever waits takes the seat, at every step |
+# | scheduler | 调度器 | decides which tokens go into the next step |
+# | chunked prefill | 分块预填充 | a long prompt is read in pieces, over several steps |
+# | token budget | token 预算 | the most tokens that a step may compute |
+# | ITL | token 间延迟 | inter-token latency: the gap before each token but the first |
+
+# %%
+# %load_ext minillm
+from minillm import LLM, EngineOptions, SamplingParams
+
+llm = LLM(dtype="float32", options=EngineOptions(max_running=4))  # four seats in the batch
+
+
+def ask(question):
+    return llm.tokenizer.chat([{"role": "user", "content": question}])
+
+
+# %% [markdown]
+# Five people, one machine. Watch who gets a word when.
+
+# %%
+names = "Ada Ben Cleo Dov Eve".split()
+things = "river planet fruit metal bird".split()
+stream = llm.stream([ask(f"Name a {thing}.") for thing in things], SamplingParams(max_tokens=5))
+for piece in stream:
+    print(f"{names[piece.index]}:{piece.text!r}", end="  ", flush=True)
+
+# %% [markdown]
+# Four take turns, token by token; the fifth comes as soon as a seat is free. Nobody waits for all the others to finish.
+#
+# ## By hand
+#
+# Four answers of 2, 5, 1 and 4 tokens, two seats, one token per seat and step. A letter is a token, a dot an empty seat.
+
+# %%
+def static(answers, seats):
+    rows = [""] * seats
+    for begin in range(0, len(answers), seats):
+        batch = answers[begin : begin + seats]
+        for seat, length in enumerate(batch):
+            rows[seat] += "ABCD"[begin + seat] * length + "·" * (max(batch) - length)
+    return rows
+
+
+def continuous(answers, seats):
+    rows = [""] * seats
+    for number, length in enumerate(answers):
+        row = min(range(seats), key=lambda seat: len(rows[seat]))
+        rows[row] += "ABCD"[number] * length
+    return rows
+
+
+for rule in (static, continuous):
+    print(rule.__name__, *rule([2, 5, 1, 4], 2), sep="\n    ")
+
+# %% [markdown]
+# The same twelve tokens, in nine steps or in seven. A **static** batch is as long as its longest answer, and nobody knows
+# beforehand which that is. **Continuous** batching (Orca, 2022) decides anew at every step who takes part.
+#
+# ## Predict
+#
+# Sixteen requests want answers between 3 and 40 tokens, on four seats.
+
+# %%
+from minillm.lesson.predict import Predict
+
+shorter = Predict(
+    "02.static_or_continuous", "How many times longer do static batches take than continuous ones?", "×", 0.5, 10
+)
+shorter
+
+# %% [markdown]
+# ## Run
+#
+# The engine has a switch for it. The tokens must not care.
+
+# %%
+from random import Random
+
+draw = Random(2)
+work = [SamplingParams(max_tokens=draw.choice((3, 5, 8, 12, 40)), ignore_eos=True) for _ in range(16)]
+prompts = [ask(f"Name a {thing}.") for thing in things * 3 + ["city"]]
+runs, tokens = {}, {}
+for name, switch in (("static batches", False), ("continuous batching", True)):
+    engine = llm.with_options(EngineOptions(max_running=4, continuous=switch))  # the same weights
+    tokens[name] = [output.token_ids for output in engine.generate(prompts, work)]
+    runs[name] = engine.trace
+print("the same tokens:", tokens["static batches"] == tokens["continuous batching"])
+
+# %%
+from minillm.viz.seats import draw_seats
+
+seconds = [run.end_s - run.start_s for run in runs.values()]
+finding = "A seat that falls empty is taken at once, so the same work ends sooner"
+shorter.reveal(
+    seconds[0] / seconds[1],
+    "The empty seats are most of what is saved. Not all: with fewer rows a step of this CPU is a little shorter, so an "
+    "empty seat costs less than a taken one. On a GPU, where a step takes as long with one row as with four, more is saved.",
+    draw_seats(runs, finding),
+)
+
+# %% [markdown]
+# ## The price of a larger batch
+#
+# More seats, then? Lesson 01 has it: a step reads the weights once for everybody. Here is the whole curve of this
+# machine: all requests together gain (upwards), each of them loses (to the right).
+
+# %%
+from statistics import median
+
+from minillm.viz.curve import Point, draw_curve
+from minillm.viz.style import show
+
+points = []
+for batch in (1, 2, 4, 8, 16, 32):
+    engine = llm.with_options(EngineOptions(max_running=batch))
+    engine.generate([prompts[0]] * batch, SamplingParams(max_tokens=14, ignore_eos=True))
+    step_s = median(span.duration_s for span in engine.trace.spans if span.name == "decode")
+    points.append(Point(batch, batch / step_s, step_s))
+finding = "Each larger batch gains less and costs more: somewhere there is a knee"
+show(draw_curve({"this machine": points}, finding, "measured · one device · SmolLM2-135M float32 · 36 tokens each"))
+
+# %% [markdown]
+# ## A long prompt comes in
+#
+# Two people read their answers as they come. A third sends a prompt of 900 tokens. The engine reads it in **one** step.
+
+# %%
+felt = Predict("02.long_prompt", "What do the first two see while the prompt is being read?",
+               choices=("nothing: requests do not touch each other", "every token comes a little later",
+                        "one long pause, then as before", "their answers change"))
+felt
+
+
+# %%
+def with_long_prompt(**switches):
+    """Two answers run; after their sixth token the prompt comes. Returns the trace."""
+    engine = llm.with_options(EngineOptions(**switches))
+    readers = engine.prepare(prompts[:2], SamplingParams(max_tokens=24, ignore_eos=True))
+    late = engine.prepare([[7] * 900], SamplingParams(max_tokens=4, ignore_eos=True))
+    engine.new_trace()
+    engine.submit(readers)
+    while len(readers[0].token_ids) < 6:
+        engine.step()
+    engine.submit(late)
+    while engine.engine.requests:
+        engine.step()
+    return engine.trace
+
+
+from minillm.viz.requests import draw_requests
+
+whole = with_long_prompt(chunked_prefill=False)
+felt.reveal(2, "Everyone in a step waits for the whole step. Their mean TPOT hides the pause; the largest ITL shows it.")
+
+# %%
+show(draw_requests(whole, "Read in one step, the prompt makes everybody else wait"))
+
+# %% [markdown]
+# **Chunked prefill** (Sarathi-Serve, 2024) gives each step a budget of tokens: decodes first, then as much of a prompt as
+# fits. The pause becomes many small ones, and the prompt itself takes longer.
+
+# %%
+chunked = with_long_prompt(max_step_tokens=96)
+show(draw_requests(chunked, "In pieces of 96 tokens, the others go on, more slowly"))
+
+# %% tags=["nbval-ignore-output"]
+for name, run in (("whole", whole), ("in pieces", chunked)):
+    first, _, late = run.lives
+    print(f"{name:10} longest gap {max(first.itl_s) * 1e3:5.0f} ms, TPOT {first.tpot_s * 1e3:4.0f} ms, "
+          f"TTFT of the long prompt {late.ttft_s:.1f} s")
+
+# %% [markdown]
+# ## The loop and the scheduler
+#
+# Schedule, run, postprocess: the engine is this loop. Find the line that puts decodes before prompts.
+
+# %% tags=["nbval-ignore-output"]
+from minillm.lesson.source import show_source
+
+show_source("engine.engine.Engine.step")
+
+# %% tags=["nbval-ignore-output"]
+show_source("policy.scheduler.Scheduler.schedule")
+
+# %% [markdown]
+# The scheduler holds no tensors, no clock and no model. So the picture below is *its* doing too: the same object, driven
+# with step times from a roofline in the place of real steps.
+#
+# ## What if: another device, other answers
+#
+# Where does static batching catch up? Where is the knee of an H100? Which model does not fit at all?
+
+# %%
+from minillm.hardware.ceilings import measure_ceilings
+from minillm.hardware.devices import find_device
+from minillm.model.shapes import SHAPES
+from minillm.sim.engine import simulate
+from minillm.trace.metrics import Report
+from minillm.trace.workload import Arrival
+
+here = measure_ceilings(llm.device.type)
+devices = {"this machine": (here, "float32"), "T4": (find_device("T4"), "float16"),
+           "H100": (find_device("H100"), "float16")}
+
+
+def draw_what_if(device, model, answers):
+    hardware, dtype = devices[device]
+    curves = {"continuous": [], "static": []}
+    for name, points in curves.items():
+        for batch in (1, 4, 16, 64):
+            lengths = Random(batch)
+            arrivals = [Arrival(0.0, 32, lengths.choice(answer_lengths[answers])) for _ in range(2 * batch)]
+            options = EngineOptions(max_running=batch, continuous=name == "continuous")
+            report = Report.of(simulate(arrivals, SHAPES[model], hardware, dtype, options).lives)
+            points.append(Point(batch, report.tokens_per_s, report.latency("tpot", 50).value))
+    gains = [a.tokens_per_s / b.tokens_per_s for a, b in zip(curves["continuous"], curves["static"])]
+    most = max(range(4), key=gains.__getitem__)
+    finding = f"Continuous batching gives up to {gains[most]:.1f} times as many tokens, at batch {curves['static'][most].batch}"
+    if max(gains) < 1.15:
+        finding = "Little is won: with answers of one length no seat stays empty"
+    return draw_curve(curves, finding, f"planned by the roofline · {device} · {model} {dtype} · answers {answers}")
+
+
+from minillm.viz.whatif import WhatIf
+
+answer_lengths = {"of 4 to 48 tokens": (4, 8, 16, 48), "all of 16 tokens": (16,)}
+WhatIf(draw_what_if, "Which curve wins, and where does it bend?", device=list(devices),
+       model=["SmolLM2-135M", "Llama-3.1-8B"], answers=list(answer_lengths))
+
+# %% [markdown]
+# With answers of one length nothing is left to win. And where computing is the limit, as at batch 64 on this machine, an
+# empty seat costs next to nothing. On an H100 the curve goes straight up: many times the tokens for nearly the same wait.
+#
+# ## Break it
+#
+# A plan of your own can rule the engine. This one is greedy: new prompts first, and running answers only when nobody
+# waits. Nine people ask.
+
+# %%
+from minillm.lesson.exercises.lesson_02 import HandScheduler
+
+
+def served_by(plan, count):
+    """All of `count` requests by this plan: tokens, and the trace."""
+    engine = llm.with_options(EngineOptions(max_running=9, max_step_tokens=64))
+    engine.engine.scheduler = HandScheduler(engine.engine.scheduler.pool, engine.options, plan)
+    outputs = engine.generate(prompts[:count], SamplingParams(max_tokens=8, ignore_eos=True))
+    return [output.token_ids for output in outputs], engine.trace
+
+
+def newest_first(running, waiting, budget, seats):
+    if waiting and len(running) < seats:
+        return [(waiting[0], min(waiting[0].left, budget))]
+    return [(request, 1) for request in running if request.left == 1]
+
+
+right, greedy = served_by(newest_first, 9)
+alone = llm.generate(prompts[:1], SamplingParams(max_tokens=8, ignore_eos=True))[0]
+print("the same tokens:", right[0] == alone.token_ids)
+
+# %%
+show(draw_requests(greedy, "Newest first: the first comer's second token waits for everybody's prompt"))
+
+# %% [markdown]
+# The tokens are right. A bad schedule never makes wrong answers, only late ones, and no error tells. That is why latency is
+# measured at its tail.
+#
+# ## Your turn
+#
+# **Static steps** (about 5 minutes).
+
+# %% tags=["exercise"]
+# %%exercise 02.static_steps
+
+# %% [markdown]
+# **Seats that a load takes** (about 10 minutes). From Little's law, with steps that get longer the more people sit.
+
+# %% tags=["exercise"]
+# %%exercise 02.seats_taken
+
+# %% [markdown]
+# **`schedule()`** (about 25 minutes). The frame makes static batches. The targets: no answer ever waits for its next token,
+# and the work takes no more steps than the engine's own scheduler needs.
+
+# %% tags=["exercise"]
+# %%exercise 02.schedule
+
+# %% [markdown]
+# Your `schedule` (or, until it is solved, the course's) rules the engine, on real requests:
+
+# %%
+yours, trace = served_by(schedule, 9)
+print("the same tokens:", yours == right)
+show(draw_requests(trace, "Your schedule: answers go on while new prompts come in"))
+
+# %% [markdown]
+# ## Passport
+#
+# | mode | what is cut | what is sent | lesson |
+# |---|---|---|---|
+# | **continuous batching** | time, into steps | nothing | 02 (you are here) |
+# | one device | nothing | nothing | 01 |
+# | many copies, nothing shared | the list of questions | nothing | 00, 08 |
+#
+# > **Out there.** vLLM: `--max-num-seqs` (seats), `--max-num-batched-tokens` (budget), `--enable-chunked-prefill`,
+# > `--scheduling-policy fcfs|priority`. SGLang: `--max-running-requests`, `--chunked-prefill-size`,
+# > `--schedule-policy`. Our `python -m minillm bench --requests 32 --rate 2` prints what their benchmarks print.
+# >
+# > **Your devices.** No GPU: as here. One GPU or more: the notebook runs on the first; its curve bends much later.
+# >
+# > **Papers.** Yu et al., *Orca*, 2022 (iteration-level scheduling) · Agrawal et al., *Sarathi-Serve*, 2024 (chunked
+# > prefill) · Little, *A Proof for the Queuing Formula L = λW*, 1961.
+#
+# **Next:** sixty-four seats need sixty-four caches. How much of that memory is ever used?
+
+# %%
+llm.close()
