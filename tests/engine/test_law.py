@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 
@@ -16,6 +17,7 @@ from minillm.engine.request import RequestOutput
 from minillm.kv.paged import PagedCache
 from minillm.policy.batch import Batch, Chunk
 
+EXAMPLES = int(os.environ.get("MINILLM_EXAMPLES", "60"))  # more in `make soak`
 OPTIONS = st.builds(
     EngineOptions,
     block_size=st.sampled_from([1, 2, 5, 16, 64]),
@@ -63,7 +65,7 @@ def same(llm: LLM, output: RequestOutput, new: int) -> bool:
     return True
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(OPTIONS, WORK)
 def test_tokens_do_not_depend_on_the_company(llm: LLM, options: EngineOptions, work: list) -> None:
     """Prompts in waves: each wave joins while the ones before it run."""
@@ -87,7 +89,7 @@ def test_tokens_do_not_depend_on_the_company(llm: LLM, options: EngineOptions, w
     assert crowd.engine.scheduler.pool.num_used == 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(st.data(), st.sampled_from([1, 3, 16]))
 def test_the_fast_path_is_the_formula(llm: LLM, data: st.DataObject, block_size: int) -> None:
     """Logits of mixed batches over scattered and shared blocks: the fast path, the formula, each sequence by itself."""

@@ -64,10 +64,33 @@ def test_generate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == figures["text"] + "\n"
 
 
+def test_bench(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ["--model", folder, "--device", "cpu", "--requests", "6", "--scale", "0.02"]
+    assert call("bench", *small, "--rate", "200", "--slo-ttft", "10", "--slo-tpot", "10", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["requests"] == 6
+    assert figures["attainment"]["value"] == 1.0
+    assert figures["engine"]["chunked_prefill"] is True
+    assert 0 < figures["ttft_s"]["p50"]["value"] <= figures["ttft_s"]["p99"]["value"]
+    assert call("bench", *small, "--no-continuous", "--no-chunked-prefill", "--prefix-reuse") == 0
+    assert "requests/s" in capsys.readouterr().out
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.68,374,44\n" * 3)
+    assert call("bench", *small, "--trace", str(trace)) == 0
+    assert "3 requests in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["generate"], "--prompt"),
+        (["bench", "--requests", "0"], "count=0: give a whole number of requests from 1"),
+        (["bench", "--rate", "-1"], "rate_per_s=-1.0"),
+        (["bench", "--scale", "0"], "factor=0.0"),
+        (["bench", "--slo-ttft", "1"], "give both --slo-ttft and --slo-tpot"),
+        (["bench", "--lengths", "short"], "choose one of azure-conversation, azure-code"),
+        (["bench", "--trace", "/no/such.csv"], "/no/such.csv: No such file"),
+        (["bench", "--max-step-tokens", "8"], "max_step_tokens=8 is below max_running=64"),
         (["generate", "--prompt", ""], "the prompt is empty"),
         (["generate", "--prompt", "x", "--max-tokens", "0"], "max_tokens=0"),
         (["generate", "--prompt", "x", "--max-tokens", "many"], "invalid int value"),
@@ -81,7 +104,7 @@ def test_generate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_errors_are_one_line_and_exit_2(
     folder: str, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if arguments and arguments[0] == "generate" and "--model" not in arguments:
+    if arguments and arguments[0] in ("generate", "bench") and "--model" not in arguments:
         arguments = [*arguments, "--model", folder]
     assert call(*arguments) == 2
     captured = capsys.readouterr()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -106,7 +108,9 @@ class Blocks(RuleBasedStateMachine):
 
 
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBlocks.settings = settings(
+    max_examples=int(os.environ.get("MINILLM_EXAMPLES", "60")), stateful_step_count=40, deadline=None
+)
 
 
 def test_the_least_recently_used_content_goes_first() -> None:
