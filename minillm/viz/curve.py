@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from minillm.viz.style import DECODE, FAINT, GUESS, INK, frame, new_figure
-from minillm.viz.words import plain, plain_log
+from minillm.viz.words import plain, plain_log, round_ticks
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def draw_curve(
     axis.set_xlim(0, axis.get_xlim()[1] * 1.06)
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom * 0.8, top * 1.2)
-    axis.set_yticks(_ticks(*axis.get_ylim()))
+    axis.set_yticks(round_ticks(*axis.get_ylim()))
     plain_log(axis, "y")
     if guess is not None:
         axis.axhline(guess[0], color=GUESS, linestyle="--", linewidth=1.8)
@@ -53,8 +53,3 @@ def draw_curve(
         axis.legend(loc="lower right", frameon=False)
     axis.grid(which="major", color="#ececec", linewidth=0.8)
     return frame(figure, finding, caption)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within the limits."""
-    return [step * 10.0**power for power in range(-6, 10) for step in (1, 2, 5) if low <= step * 10.0**power <= high]

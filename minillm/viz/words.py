@@ -64,3 +64,9 @@ def plain_log(axis: Any, which: str = "both") -> None:
         side = getattr(axis, f"{name}axis")
         side.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
         side.set_minor_formatter(NullFormatter())
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within the limits of an axis; beyond three decades only the powers."""
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    return [step * 10.0**power for power in range(-9, 15) for step in steps if low <= step * 10.0**power <= high]

@@ -45,8 +45,8 @@ def ask(question):
 # Five people, one machine. Watch who gets a word when.
 
 # %%
-names = "Ada Ben Cleo Dov Eve".split()
-things = "river planet fruit metal bird".split()
+names = ["Ada", "Ben", "Cleo", "Dov", "Eve"]
+things = ["river", "planet", "fruit", "metal", "bird"]
 stream = llm.stream([ask(f"Name a {thing}.") for thing in things], SamplingParams(max_tokens=5))
 for piece in stream:
     print(f"{names[piece.index]}:{piece.text!r}", end="  ", flush=True)

@@ -21,7 +21,7 @@ from minillm.viz.style import png
 EXERCISES = all_exercises()
 SCREEN_LINES, SCREEN_COLUMNS = 12, 200
 
-TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE = (
+TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE, WASTE, KNOWN, WRITE = (
     EXERCISES[name].solution
     for name in (
         "00.total",
@@ -33,6 +33,9 @@ TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE = (
         "02.static_steps",
         "02.seats_taken",
         "02.schedule",
+        "03.waste",
+        "03.known_tokens",
+        "03.write",
     )  # fmt: skip
 )
 
@@ -84,6 +87,15 @@ WRONG = {
     "02.schedule, twice": ("02.schedule", SCHEDULE.replace("return plan", "return plan + plan"), ["request 0 stands in the plan twice"]),
     "02.schedule, no pairs": ("02.schedule", SCHEDULE.replace("plan.append((request, tokens))", "plan.append(request)"), ["a plan is a list of pairs (request, tokens)"]),
     "02.schedule, too many tokens": ("02.schedule", SCHEDULE.replace("min(request.left, budget)", "budget"), ["16 tokens for request 0 (4 left): give it 1 … 4"]),
+    "03.waste, the other rest": ("03.waste", WASTE.replace("-length %", "length %"), ["one sequence of 5 tokens, blocks of 4: expected 3, got 1"]),
+    "03.known_tokens, the last token too": ("03.known_tokens", KNOWN.replace("block_size < len", "block_size <= len"), ["the same four tokens again", "expected 2, got 4"]),
+    "03.known_tokens, blocks by themselves": ("03.known_tokens", KNOWN.replace("tokens[:end] == prompt[:end]", "tokens[known:end] == prompt[known:end]"), ["the second block of another prompt: expected 2, got 4"]),
+    "03.write, never copied": ("03.write", WRITE.replace("> 1", "> 9"), ["token 3 read back: expected 21, got 31"]),
+    "03.write, copied, not told": ("03.write", WRITE.replace("return copies", "return []"), ["token 0 read back: expected 11, got -1"]),
+    "03.write, not released": ("03.write", WRITE.replace("        release(old)\n", ""), ["blocks still held when all have ended: expected 0, got 1"]),
+    "03.write, always copied": ("03.write", WRITE.replace("> 1", ">= 1"), ["took 3 blocks taken from the pool; the target is 2, 1.5× as much"]),
+    "03.write, off by one": ("03.write", WRITE.replace("< length:", "<= length:"), ["8 tokens need 2 blocks, but the table has 3"]),
+    "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 
 

@@ -14,16 +14,21 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from minillm import RankError, Ranks
-from minillm.hardware.devices import DEVICES
+from minillm.hardware.devices import DEVICES, find_device
 from minillm.model.shapes import SHAPES
+from minillm.policy.blocks import BlockPool
+from minillm.policy.options import EngineOptions
+from minillm.policy.scheduler import ScheduledRequest, Scheduler
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
+from minillm.viz.blocks import BlockMap, draw_blocks, look, split
 from minillm.viz.curve import Point, draw_curve
 from minillm.viz.live import Timeline
 from minillm.viz.memory import draw_memory
 from minillm.viz.requests import draw_latency, draw_requests
 from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
+from minillm.viz.room import draw_room, sequences_at_a_time
 from minillm.viz.seats import busy_share, draw_seats, take_seats
 from minillm.viz.style import new_figure, png
 from minillm.viz.timeline import draw_timeline, memory_steps
@@ -284,3 +289,38 @@ def test_a_curve_of_throughput_over_latency() -> None:
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("ms per token of one request (TPOT)", "tokens/s of all requests")
     assert {text.get_text() for text in axis.texts} == {"batch 1", "8", "your guess 60"}
     assert png(draw_curve({"a": points, "b": points[:1]}, "x", "y")).startswith(b"\x89PNG")
+
+
+def test_a_look_at_the_blocks() -> None:
+    """Two requests, one of them forked in the middle of a block; a finished one is kept."""
+    scheduler = Scheduler(BlockPool(8, 4, reuse=True), EngineOptions())
+    for number, length in enumerate((6, 3, 4)):
+        scheduler.add(ScheduledRequest(number, [number] * length, length + 4, number))
+    scheduler.postprocess(scheduler.schedule(0.0), [0, 0, 0])
+    scheduler.remove(2)
+    scheduler.fork(0, ScheduledRequest(9, [0] * 6 + [7], 10))
+    cells = look(scheduler)
+    assert cells[:4] == [(0, 2, 1.0), (0, 2, 0.5), (1, 1, 0.75), (-1, 0, 1.0)]
+    assert set(cells[4:]) == {(-1, 0, 0.0)}
+    assert split([(3, 1, 0.75), (-1, 0, 0.0)], 2) == [(3, 1, 1.0), (3, 1, 0.5), (-1, 0, 0.0), (-1, 0, 0.0)]
+    figure = draw_blocks({"one": cells, "two": split(cells, 2)}, "Blocks", "measured")
+    assert figure.axes[0].get_title(loc="left") == "one: 38% of the memory held, 75% of that filled"
+    assert {"×2", "1"} == {text.get_text() for text in figure.axes[0].texts}
+    live = BlockMap("Blocks")
+    live.watch(scheduler)
+    live.finish()
+    assert live.steps[-1][1] == [0, 2, 0.5]
+    assert live.png().startswith(b"\x89PNG")
+    assert BlockMap("nothing yet").png().startswith(b"\x89PNG")
+
+
+def test_room_for_sequences() -> None:
+    """Worked out by hand: Llama-2-7B in half precision leaves 0.5 MiB a token."""
+    device, config = find_device("A100 80GB"), SHAPES["Llama-2-7B"]
+    left = 0.9 * device.memory_bytes - 2 * config.parameters
+    assert sequences_at_a_time(device, config, "float16", [100, 101], 50) == pytest.approx(left / (125 * 2**19))
+    figure = draw_room(device, config, "float16", [100, 2000], "computed")
+    assert figure.axes[0].get_xlabel() == "tokens in a block"
+    assert png(figure).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="the weights take 141 GB"):
+        draw_room(find_device("T4"), SHAPES["Llama-3.1-70B"], "float16", [10], "computed")
