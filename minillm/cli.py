@@ -181,8 +181,6 @@ def _arrivals(options: argparse.Namespace) -> list[Any]:
         raise ValueError(
             f"{TRACES[options.trace]} is not here: get it from Azure/AzurePublicDataset on GitHub, and set MINILLM_DATA to its folder"
         )
-    if options.requests < 1:
-        raise ValueError(f"--requests {options.requests}: give a whole number from 1")
     return resample(read_trace(file), options.requests, options.rate)
 
 

@@ -119,7 +119,9 @@ class LLM:
     def new_trace(self) -> None:
         """What happens from now on goes into a new `trace`."""
         recorder = self._new_recorder(on_span=self.on_span)
-        self.trace, self.next_id = recorder.trace, 0
+        self.trace = recorder.trace
+        if not self.engine.scheduler.has_work:
+            self.next_id = 0
         self.engine.record(recorder)
 
     def step(self) -> list[Piece]:
@@ -178,13 +180,16 @@ class LLM:
     @cached_property
     def engine(self) -> Engine:
         """What serves the requests; it and its KV cache stay between calls."""
-        return Engine(self.model, self.options, self._new_recorder())
+        self._check_open()
+        recorder = self._new_recorder(on_span=self.on_span)
+        self.trace = recorder.trace
+        return Engine(self.model, self.options, recorder)
 
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
         """Yield what the requests give; the steps serve all others too."""
         inbox = requests[0].inbox
         try:
-            if not self.engine.requests:
+            if not self.engine.scheduler.has_work:
                 self.new_trace()
             self.submit(requests)
             while True:
@@ -223,6 +228,7 @@ class LLM:
         for one in each:
             if not isinstance(one, SamplingParams):
                 raise ValueError(f"{one!r} are no sampling parameters: write SamplingParams(max_tokens=…)")
+            self.engine.scheduler.check_samples(one.n)
         tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
         inbox: deque[Piece] = deque()
         requests = [self._request(index, ids, one, inbox) for index, (ids, one) in enumerate(zip(tokens, each))]

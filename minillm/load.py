@@ -24,15 +24,19 @@ def drive(llm: LLM, arrivals: Sequence[Arrival], seed: int = 0, prefix: Sequence
     ordered = sorted(arrivals, key=lambda arrival: arrival.time_s)
     prompts = [[*prefix, *random.choices(vocabulary, k=arrival.prompt_tokens)] for arrival in ordered]
     params = [SamplingParams(max_tokens=arrival.new_tokens, ignore_eos=True) for arrival in ordered]
-    coming = deque(zip((arrival.time_s for arrival in ordered), llm.prepare(prompts, params)))
+    requests = llm.prepare(prompts, params)
+    coming = deque(zip((arrival.time_s for arrival in ordered), requests))
     llm.new_trace()
     began_s = time.monotonic()
-    while coming or llm.engine.requests:
-        while coming and coming[0][0] <= time.monotonic() - began_s:
-            at_s, request = coming.popleft()
-            llm.submit([request], began_s + at_s)
-        if llm.engine.requests:
-            llm.step()
-        else:
-            time.sleep(max(0.0, began_s + coming[0][0] - time.monotonic()))
+    try:
+        while coming or llm.engine.requests:
+            while coming and coming[0][0] <= time.monotonic() - began_s:
+                at_s, request = coming.popleft()
+                llm.submit([request], began_s + at_s)
+            if llm.engine.requests:
+                llm.step()
+            else:
+                time.sleep(max(0.0, began_s + coming[0][0] - time.monotonic()))
+    finally:  # an interrupt ends them all
+        llm.cancel(requests)
     return llm.trace

@@ -42,6 +42,7 @@ class Engine:
         self.scheduler = Scheduler(BlockPool(blocks, options.block_size, options.prefix_reuse), options, order)
         self.cache = PagedCache(model.config, blocks, options.block_size, model.device, model.dtype)
         self.requests: dict[int, Request] = {}
+        self.failed: frozenset[int] = frozenset()  # who was in the last step that ended in an error
         self.record(recorder)
 
     def record(self, recorder: Recorder) -> None:
@@ -69,14 +70,14 @@ class Engine:
 
     def step(self) -> list[Piece]:
         """One turn of the loop."""
-        batch = self.schedule()
         try:
+            batch = self.schedule()
             with self._span(batch):
                 tokens = self.compute(batch)
-        except BaseException:  # such as the stop button: nothing is lost but this step
-            self.scheduler.abandon(batch)
+            return self.postprocess(batch, tokens)
+        except BaseException:  # such as the stop button: who was in the step is computed again
+            self.failed = self.scheduler.recover()
             raise
-        return self.postprocess(batch, tokens)
 
     def schedule(self) -> Batch:
         """The next batch; what it means to the lives of requests is noted."""
@@ -87,9 +88,11 @@ class Engine:
             self.requests[request_id].life.note(Event.PREEMPTED, now)
         for chunk in batch.chunks:
             request = self.requests[chunk.request_id]
-            if request.life.moments[-1][0] in (Event.ARRIVED, Event.PREEMPTED):
+            last = request.life.moments[-1][0]
+            if last is Event.ARRIVED:
+                request.life.reused_tokens = chunk.start
+            if last in (Event.ARRIVED, Event.PREEMPTED):
                 request.life.note(Event.STARTED, now)
-                request.life.reused_tokens = max(request.life.reused_tokens, chunk.start)
         self._note_cache()
         return batch
 
@@ -106,8 +109,8 @@ class Engine:
 
     def sample(self, batch: Batch, logits: torch.Tensor) -> list[list[int]]:
         """The next token of each chunk's request; as many as there are samples where they fork."""
-        rows = iter(logits)
-        return [self._draw(next(rows), self.requests[c.request_id]) if c.samples else [] for c in batch.chunks]
+        rows, likeliest = iter(logits), iter(logits.argmax(-1).tolist())
+        return [self._draw(next(rows), next(likeliest), c.request_id) if c.samples else [] for c in batch.chunks]
 
     def postprocess(self, batch: Batch, tokens: list[list[int]]) -> list[Piece]:
         """Hand every request its token; those that finished leave their blocks."""
@@ -115,7 +118,9 @@ class Engine:
         self.scheduler.postprocess(batch, [drawn[0] if drawn else None for drawn in tokens])
         pieces = []
         for chunk, drawn in zip(batch.chunks, tokens):
-            request = self.requests[chunk.request_id]
+            request = self.requests.get(chunk.request_id)
+            if request is None:  # cancelled while its batch was under way
+                continue
             if len(drawn) > 1:
                 self._fork(request, drawn)
             for each, token in zip([request, *request.twins], drawn):
@@ -133,7 +138,10 @@ class Engine:
                 if request.request_id in self.requests:
                     self._leave(request)
 
-    def _draw(self, logits: torch.Tensor, request: Request) -> list[int]:
+    def _draw(self, logits: torch.Tensor, likeliest: int, request_id: int) -> list[int]:
+        request = self.requests.get(request_id)
+        if request is None or (request.params.greedy and request.scheduled.samples == 1):
+            return [likeliest]
         position = len(request.scheduled.tokens)
         forks = request.twins if request.scheduled.samples > 1 else []
         return [sample(logits, each.params, each.seed, each.noise_key, position) for each in [request, *forks]]

@@ -125,7 +125,13 @@ class Request:
         end = len(self.text)
         if self.finish_reason is None:
             end -= max(
-                (n for stop in self.params.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
+                (
+                    n
+                    for stop in self.params.stop
+                    for n in range(1, min(len(stop), end + 1))
+                    if self.text.endswith(stop[:n])
+                ),
+                default=0,
             )
         piece, self.shown = self.text[self.shown : end], max(self.shown, end)
         return piece

@@ -64,7 +64,10 @@ class PagedCache:
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros, because unused room is multiplied by 0 and must not be NaN. On a CPU they take memory only once written to."""
+    """Zeros, because unused room is multiplied by 0 and must be finite, as what earlier holders left in it must be.
+
+    On a CPU they take memory only once written to.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     untouched = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)

@@ -76,7 +76,8 @@ def pass_cost(config: ModelConfig, batch: Batch, element_bytes: int | None = Non
         + product_cost(rows, hidden, 2 * config.intermediate_size, size)
         + product_cost(rows, config.intermediate_size, hidden, size)
     )
-    head = product_cost(rows if every_row else len(batch.chunks), hidden, config.vocab_size, size)
+    asked = rows if every_row else sum(chunk.samples for chunk in batch.chunks)
+    head = product_cost(asked, hidden, config.vocab_size, size) if asked else Cost()
     attention = Cost()
     for chunk in batch.chunks:
         attention += attention_cost(config, len(chunk.token_ids), chunk.end, size)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+_FEW = 512
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,8 +41,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         _need(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a whole number from 1")
         _need(_is_int(self.n) and self.n >= 1, "n", self.n, "a whole number from 1")
-        finite = isinstance(self.temperature, (int, float)) and math.isfinite(self.temperature)
-        _need(finite and self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
+        _need(
+            _is_finite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or above",
+        )
         _need(
             _is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number from 1, or 0 for all tokens"
         )
@@ -55,6 +61,13 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floating-point ones
+        return False
 
 
 def _is_int(value: object) -> bool:
@@ -84,10 +97,12 @@ def keep_likely(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
         kept = scores.topk(top_k).indices  # by place, so that ties do not make them more
         scores = torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
     if top_p < 1.0:
-        ordered, order = scores.sort(descending=True, stable=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-        scores = scores.clone()
-        scores[order[before >= top_p]] = -torch.inf
+        ordered, order = scores.topk(min(_FEW, scores.numel()))  # mostly enough, and much faster than sorting all
+        if (ordered - scores.logsumexp(-1)).exp().sum() < top_p:
+            ordered, order = scores.sort(descending=True, stable=True)
+        shares = (ordered - scores.logsumexp(-1)).exp()
+        kept = order[shares.cumsum(-1) - shares < top_p]  # by the probability of all likelier tokens
+        scores = torch.full_like(scores, -torch.inf).index_copy(0, kept, scores[kept])
     return scores
 
 

@@ -91,7 +91,11 @@ class TextStream:
     def step(self, token_id: int) -> str:
         """The text that became certain with this token."""
         self._token_ids.append(token_id)
-        return self._stream.step(self._fast, token_id) or ""
+        try:
+            return self._stream.step(self._fast, token_id) or ""
+        except Exception:  # "invalid prefix": bytes that are no text by themselves; go on from here
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._fast, token_id) or ""
 
     def rest(self, text: str) -> str:
         """What the whole text has beyond `text`: a last character that was never completed."""

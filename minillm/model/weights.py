@@ -33,16 +33,19 @@ def checkpoint_names(name: str) -> list[str]:
 
 def as_checkpoint(model: Decoder) -> dict[str, torch.Tensor]:
     """The weights under a checkpoint's names; merged ones are cut again into views of their rows."""
-    config = model.config
     tensors: dict[str, torch.Tensor] = {}
-    head_rows = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
     for name, parameter in model.named_parameters():
-        sources = checkpoint_names(name)
-        sizes = [parameter.shape[0] // len(sources)] * len(sources)
-        if "qkv_proj" in name:
-            sizes = [heads * config.head_dim for heads in head_rows.values()]
-        tensors.update(zip(sources, parameter.split(sizes)))
+        tensors.update(zip(checkpoint_names(name), parameter.split(part_rows(model, name, parameter))))
     return tensors
+
+
+def part_rows(model: Decoder, name: str, parameter: torch.Tensor) -> list[int]:
+    """The rows of a parameter that each of its checkpoint's tensors gives."""
+    config = model.config
+    if "qkv_proj" in name:
+        return [heads * config.head_dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
+    parts = len(checkpoint_names(name))
+    return [parameter.shape[0] // parts] * parts
 
 
 def load_weights(
@@ -60,12 +63,10 @@ def load_weights(
     for name, parameter in list(model.named_parameters()):  # tied weights come once
         sources = checkpoint_names(name)
         parts = [tensors.read(source, cut(source.removeprefix("model."), tensors.shape(source))) for source in sources]
-        rows = sum(part.shape[0] for part in parts)
-        if any((rows, *part.shape[1:]) != parameter.shape for part in parts):
-            found = " and ".join(str(list(part.shape)) for part in parts)
-            raise ValueError(
-                f"{folder}: {' and '.join(sources)} is {found}, but config.json makes it {list(parameter.shape)}"
-            )
+        for source, part, rows in zip(sources, parts, part_rows(model, name, parameter)):
+            expected = [rows, *parameter.shape[1:]]
+            if list(part.shape) != expected:
+                raise ValueError(f"{folder}: {source} is {list(part.shape)}, but config.json makes it {expected}")
         values = torch.empty_like(parameter, device=device, dtype=dtype)  # a mapped file would be shared by ranks
         torch.cat([part.to(device=device, dtype=dtype) for part in parts], out=values)
         _assign(model, name, values)

@@ -110,7 +110,8 @@ class BlockTable:
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.blocks: list[int] = []
-        self._keys: list[bytes] = []  # of the full blocks at the front
+        self._keys: list[bytes] = []  # of the sequence's full blocks, as far as they were asked for
+        self._findable = 0  # blocks at the front that others may find
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Hold the blocks that already have the beginning of `tokens`; returns how many tokens that is.
@@ -118,16 +119,14 @@ class BlockTable:
         At least one token is left to compute: its logits are wanted.
         """
         assert not self.blocks
-        size = self.pool.block_size
-        for end in range(size, len(tokens), size):
-            key = chain(self._keys[-1] if self._keys else b"", tokens[end - size : end])
-            block = self.pool.find(key)
+        for place in range((len(tokens) - 1) // self.pool.block_size if self.pool.reuse else 0):
+            block = self.pool.find(self._key(place, tokens))
             if block is None:
                 break
             self.pool.share(block)
             self.blocks.append(block)
-            self._keys.append(key)
-        return len(self.blocks) * size
+        self._findable = len(self.blocks)
+        return len(self.blocks) * self.pool.block_size
 
     def missing(self, start: int, length: int) -> int:
         """How many blocks `write(start, length)` would take from the pool."""
@@ -153,17 +152,14 @@ class BlockTable:
 
     def remember(self, tokens: Sequence[int], computed: int) -> None:
         """The first `computed` of `tokens` are in the cache: let others find the full blocks."""
-        size = self.pool.block_size
-        while self.pool.reuse and (len(self._keys) + 1) * size <= computed:
-            place = len(self._keys)
-            key = chain(self._keys[-1] if place else b"", tokens[place * size : (place + 1) * size])
-            self.pool.remember(self.blocks[place], key)
-            self._keys.append(key)
+        while self.pool.reuse and (self._findable + 1) * self.pool.block_size <= computed:
+            self.pool.remember(self.blocks[self._findable], self._key(self._findable, tokens))
+            self._findable += 1
 
     def fork(self) -> BlockTable:
         """A second holder of the same blocks."""
         twin = BlockTable(self.pool)
-        twin.blocks, twin._keys = list(self.blocks), list(self._keys)
+        twin.blocks, twin._keys, twin._findable = list(self.blocks), list(self._keys), self._findable
         for block in twin.blocks:
             self.pool.share(block)
         return twin
@@ -172,7 +168,15 @@ class BlockTable:
         """Let go of every block; the last first, so that of a kept prefix the end goes before the beginning."""
         for block in reversed(self.blocks):
             self.pool.release(block)
-        self.blocks, self._keys = [], []
+        self.blocks, self._findable = [], 0
+
+    def _key(self, place: int, tokens: Sequence[int]) -> bytes:
+        """The key of a full block; worked out once, because tokens are only ever added at the end."""
+        size = self.pool.block_size
+        while len(self._keys) <= place:
+            start = len(self._keys) * size
+            self._keys.append(chain(self._keys[-1] if self._keys else b"", tokens[start : start + size]))
+        return self._keys[place]
 
     def _shared_at(self, start: int) -> bool:
         """Whether the block that `start` lies in exists and has other holders too."""

@@ -46,6 +46,11 @@ class ScheduledRequest:
     table: BlockTable | None = field(default=None, repr=False)
 
     @property
+    def most_cached(self) -> int:
+        """The most tokens that will be in the cache: all but the last, which nothing follows."""
+        return max(len(self.tokens), self.longest - 1)
+
+    @property
     def remaining(self) -> int:
         """Tokens not in the cache yet: 1 when it decodes."""
         return len(self.tokens) - self.computed
@@ -63,7 +68,7 @@ class Scheduler:
     """Requests that wait and run, and the next batch of them.
 
     `order(request, now_s)` is a sort key; the lowest goes first, and the highest is preempted first. A batch that was
-    scheduled is given back by `postprocess`, or by `abandon` when it was not run. Meanwhile `schedule` may be called
+    scheduled is given back by `postprocess`; after an error `recover` takes all back that were under way. Meanwhile `schedule` may be called
     again; requests in batches under way are left alone until then.
     """
 
@@ -86,17 +91,21 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"there is a request {request.request_id} already: give another id")
         most = self.pool.num_blocks * self.pool.block_size
-        if request.longest > most:
+        if request.most_cached > most:
             raise ValueError(
-                f"a request may grow to {request.longest} tokens, but the KV cache has room for {most} "
-                f"in all ({self.pool.num_blocks} blocks of {self.pool.block_size}): shorten it, lower max_tokens, or "
-                f"raise num_blocks"
+                f"a request may need room for {request.most_cached} tokens, but the KV cache has room for {most} in all "
+                f"({self.pool.num_blocks} blocks of {self.pool.block_size}): shorten it, lower max_tokens, or raise "
+                f"num_blocks"
             )
+        self.check_samples(request.samples, request.most_cached)
+
+    def check_samples(self, samples: int, most_cached: int = 1) -> None:
+        """Raise `ValueError` when so many samples of one prompt can never run together."""
         together = self.options.max_running
         if not self.options.preemption:
-            together = min(together, self.pool.num_blocks // self.pool.blocks_for(request.longest))
-        if request.samples > together:
-            raise ValueError(f"a request asks for n={request.samples} samples, but only {together} can run together")
+            together = min(together, self.pool.num_blocks // self.pool.blocks_for(most_cached))
+        if samples > together:
+            raise ValueError(f"a request asks for n={samples} samples, but only {together} can run together")
 
     def schedule(self, now_s: float) -> Batch:
         """The next batch: tokens of decoding requests first, then of prompts begun, then of new ones. Empty if none can run."""
@@ -125,15 +134,16 @@ class Scheduler:
                 assert token is not None
                 request.tokens.append(token)
 
-    def abandon(self, batch: Batch) -> None:
-        """The batch did not run: its requests stand where they stood, but copies it asked for are lost with it."""
-        for chunk in batch.chunks:
-            request = self.requests[chunk.request_id]
+    def recover(self) -> frozenset[int]:
+        """No batch that is under way will come back: its requests start again. Returns their ids."""
+        lost = [request for request in self.requests.values() if request.in_flight]
+        for request in lost:
             request.in_flight = False
             if request.status is Status.GONE:
                 self._let_go(request)
-            elif batch.copies:
+            elif request.status is Status.RUNNING:
                 self._preempt(request)
+        return frozenset(request.request_id for request in lost)
 
     def fork(self, request_id: int, twin: ScheduledRequest) -> None:
         """`twin` runs on from where a running request stands, on the same blocks, until either writes to them."""
@@ -141,6 +151,7 @@ class Scheduler:
         parent = self.requests[request_id]
         assert parent.status is Status.RUNNING and parent.table is not None
         twin.table, twin.computed, twin.status = parent.table.fork(), parent.computed, Status.RUNNING
+        twin.arrival_s, twin.priority = parent.arrival_s, parent.priority
         parent.samples -= 1
         self.requests[twin.request_id] = twin
         self.running.append(twin)
@@ -164,8 +175,8 @@ class Scheduler:
         assert table is not None
         while table.missing(request.computed, request.computed + count) > self.pool.num_free:
             victim = self._victim()
-            if victim is None:
-                return
+            if victim is None or (victim is request and request.remaining > 1 and step.chunks):
+                return  # a prompt begun waits for those that decode, and keeps what it has
             self._preempt(victim)
             step.preempted.append(victim.request_id)
             if victim is request:
@@ -179,12 +190,13 @@ class Scheduler:
             request = self.waiting[0]
             if sum(each.samples for each in self.running) + request.samples > self.options.max_running:
                 return
-            request.table = BlockTable(self.pool)
+            request.table = request.table or BlockTable(self.pool)
             request.computed = request.reused = request.table.reuse(request.tokens)
             count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
             whole_and_more = not self.options.chunked_prefill and count > step.budget and step.has_prompt
             if whole_and_more or not self._has_room(request):
                 request.table.free()
+                request.computed = request.reused = 0
                 return
             self.running.append(self.waiting.pop(0))
             request.status = Status.RUNNING
@@ -201,7 +213,7 @@ class Scheduler:
 
     def _claim(self, request: ScheduledRequest) -> int:
         """Blocks set aside for a request: what its tokens take, or without preemption what they may grow to."""
-        return self.pool.blocks_for(len(request.tokens) if self.options.preemption else request.longest)
+        return self.pool.blocks_for(len(request.tokens) if self.options.preemption else request.most_cached)
 
     def _victim(self) -> ScheduledRequest | None:
         """The last in order of those that are in no batch."""

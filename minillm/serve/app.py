@@ -21,7 +21,7 @@ from minillm.engine.request import Piece
 from minillm.llm import LLM
 from minillm.serve.answer import Answer, error_body, event
 from minillm.serve.body import Call, parse_chat, parse_completion, parse_json
-from minillm.serve.worker import Busy, Closing, Job, Worker
+from minillm.serve.worker import Busy, Closing, EngineFailed, Job, Worker
 
 MAX_BODY_BYTES = 4 * 2**20
 GRACE_S = 10.0
@@ -63,6 +63,8 @@ class Service:
                 return _refuse(429, str(error), "rate_limit_error", {"Retry-After": "1"})
             except Closing as error:
                 return _refuse(503, str(error), "server_error")
+            except EngineFailed as error:
+                return _refuse(500, f"the engine failed: {error}", "server_error")
 
         return answer
 
@@ -96,6 +98,9 @@ class Service:
         return await self._answer(request, await run_in_threadpool(parse_chat, body, self.llm.tokenizer, self.room))
 
     async def _answer(self, http: HTTPRequest, call: Call) -> Response:
+        asked = len(call.prompts) * call.params.n
+        if asked > self.worker.max_queue:
+            raise ValueError(f"{asked} requests in one call, but at most {self.worker.max_queue} may be under way")
         requests = await run_in_threadpool(self.llm.prepare, call.prompts, call.params)
         answer, listener = Answer(self.model, call, requests), _Listener(asyncio.get_running_loop())
         job = Job(requests, listener.deliver)
@@ -197,6 +202,12 @@ class Server(uvicorn.Server):
         self.worker.close(0.0 if self.should_exit else self.grace_s)
         super().handle_exit(sig, frame)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """After the last answer: the worker ends too, before the process does."""
+        await super().shutdown(sockets)
+        self.worker.close()
+        await asyncio.to_thread(self.worker.join)
+
 
 def serve(
     llm: LLM, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, max_queue: int = 256, grace_s: float = GRACE_S
@@ -213,8 +224,6 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     print(f"minillm serves {service.model} at http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends)", flush=True)
     Server(config, worker, grace_s).run([listener])
-    worker.close()
-    worker.join()
 
 
 def _is_loopback(host: str) -> bool:

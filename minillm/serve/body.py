@@ -15,8 +15,15 @@ from minillm.model.tokenizer import Tokenizer
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that this server leaves out, and the values that ask for nothing
     "logprobs": (None, False, 0), "top_logprobs": (None, 0), "echo": (None, False), "suffix": (None, ""), "best_of": (None, 1),
     "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "tools": (None, []),
-    "functions": (None, []), "response_format": (None, {"type": "text"}), "audio": (None,),
+    "functions": (None, []), "response_format": (None, {"type": "text"}), "audio": (None,), "tool_choice": (None, "none", "auto"),
+    "min_p": (None, 0), "min_tokens": (None, 0), "repetition_penalty": (None, 1),
 }  # fmt: skip
+_KNOWN = {
+    "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_k", "top_p", "n", "seed", "stop",
+    "stop_token_ids", "ignore_eos", "stream", "stream_options",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",  # say nothing
+}  # fmt: skip
+_MOST_STOPS, _LONGEST_STOP = 16, 1000
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ def parse_chat(body: dict[str, Any], tokenizer: Tokenizer, room: int) -> Call:
     if not isinstance(messages, list) or not messages:
         raise ValueError('messages: give a list such as [{"role": "user", "content": "…"}]')
     prompt = tokenizer.chat([_message(each, number) for number, each in enumerate(messages)])
-    body = {**body, "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens")}
+    limit = body.get("max_completion_tokens")
+    body = {**body, "max_tokens": body.get("max_tokens") if limit is None else limit}
     left = max(1, room - len(prompt))
     return Call([prompt], _params(body, left), True, *_streaming(body))
 
@@ -78,9 +86,15 @@ def _params(body: dict[str, Any], max_tokens: int) -> SamplingParams:
     for name, neutral in _NEUTRAL.items():
         if body.get(name) not in neutral:
             raise ValueError(f"{name}: this server does not know it; leave it out")
+    unknown = sorted(body.keys() - _KNOWN - _NEUTRAL.keys())
+    if unknown:
+        raise ValueError(f"{unknown[0]}: this server does not know it; leave it out")
     stop = body.get("stop")
     if stop is not None and not isinstance(stop, str) and not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):  # fmt: skip
         raise ValueError("stop: give a text or a list of texts")
+    texts = [stop] if isinstance(stop, str) else stop or []
+    if len(texts) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in texts):
+        raise ValueError(f"stop: give at most {_MOST_STOPS} texts of at most {_LONGEST_STOP:,} characters")
     ids = body.get("stop_token_ids")
     if ids is not None and ids != [] and not _are(ids, int):
         raise ValueError("stop_token_ids: give a list of token ids")

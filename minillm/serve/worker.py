@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.llm import LLM
 
-TRACE_SPANS = 10_000
+TRACE_SPANS, TRACE_LIVES = 10_000, 1000  # what is kept of a server's trace
 
 
 class Busy(Exception):
     """The queue is full."""
+
+
+class EngineFailed(Exception):
+    """A step of the engine ended in an error."""
 
 
 class Closing(Exception):
@@ -113,15 +117,18 @@ class Worker:
         try:
             self.llm.submit(job.requests)
         except Exception as error:
-            self._end(job, error)
+            self._end(job, EngineFailed(str(error)))
 
     def _step(self) -> None:
         try:
             self.llm.step()
-        except Exception as error:  # such as no memory: who was in it is told, and the next ones are served
-            self._end_all(error)
+        except Exception as error:  # such as no memory: who was in the step is told, the others are served
+            failed = self.llm.engine.failed
+            for job in list(self._jobs):
+                if any(request.request_id in failed for request in with_twins(job.requests)):
+                    self._end(job, EngineFailed(str(error) or type(error).__name__))
             return
-        self.llm.trace.trim(TRACE_SPANS)
+        self.llm.trace.trim(TRACE_SPANS, TRACE_LIVES)
         for job in list(self._jobs):
             inbox = job.requests[0].inbox
             while inbox:

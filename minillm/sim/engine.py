@@ -34,6 +34,10 @@ def simulate(
     model or a request that does not fit.
     """
     options = options or EngineOptions()
+    if options.prefix_reuse:
+        raise ValueError(
+            "a simulated prompt has a length and no tokens, so nothing can be reused: set prefix_reuse=False"
+        )
     scheduler = Scheduler(
         BlockPool(options.num_blocks or _blocks(config, device, dtype, options), options.block_size), options, order
     )
@@ -63,7 +67,7 @@ def simulate(
         cost = pass_cost(config, batch, DTYPE_BYTES[dtype]).total
         began_s, now_s = now_s, now_s + cost.time_s(device.flops_per_s(dtype), device.bytes_per_s)
         sizes = [len(chunk.token_ids) for chunk in batch.chunks]
-        kind = Kind.DECODE if max(sizes) == 1 else Kind.PREFILL
+        kind = Kind.DECODE if all(chunk.start and len(chunk.token_ids) == 1 for chunk in batch.chunks) else Kind.PREFILL
         ids = tuple(chunk.request_id for chunk in batch.chunks)
         trace.spans.append(
             Span(0, kind, kind.value, began_s, now_s, len(trace.spans) + 1, tokens=sum(sizes), request_ids=ids,

@@ -1,7 +1,8 @@
 """What users feel, from the lives of requests: percentiles of latencies with their sampling error, throughput, goodput.
 
-A percentile of few requests is a rough guess, so every figure comes with the interval that holds the true one with a
-confidence of 95 %. The file loads no torch.
+A percentile of few requests is a rough guess, so those over requests come with the interval that holds the true one with
+a confidence of 95 %, if requests are independent; under load they are not quite, and the error is larger. Gaps between
+tokens are shared by all requests of a step, so their percentiles have no interval. The file loads no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Estimate:
     high: float | None
 
     def text(self, factor: float = 1.0) -> str:
-        """The figure times `factor`, in brackets the interval."""
+        """The figure times `factor`, in brackets the interval if there is one."""
+        if self.low is None and self.high is None:
+            return f"{self.value * factor:.0f}"
         low, high = ("?" if bound is None else f"{bound * factor:.0f}" for bound in (self.low, self.high))
         return f"{self.value * factor:.0f} ({low}–{high})"
 
@@ -118,7 +121,7 @@ class Report:
             raise ValueError(f"{kind!r} is no latency: choose ttft, tpot, itl, e2e or queue")
         if kind == "itl":
             gaps = [gap for life in self.lives for gap in life.itl_s]
-            return percentile(gaps or [0.0], percent)
+            return Estimate(percentile(gaps or [0.0], percent).value, None, None)
         several = [life for life in self.lives if kind != "tpot" or len(life.token_s) > 1] or self.lives
         return percentile([getattr(life, f"{kind}_s") for life in several], percent)
 

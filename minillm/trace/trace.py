@@ -116,11 +116,14 @@ class Trace:
                 peaks[sample.category] = max(peaks.get(sample.category, 0), sample.bytes)
         return peaks
 
-    def trim(self, spans: int) -> None:
-        """Forget the oldest once there are more than twice as many: what a server keeps is a window."""
-        for kept in (self.spans, self.memory, self.lives):
-            if len(kept) > 2 * spans:
-                del kept[:-spans]
+    def trim(self, spans: int, lives: int) -> None:
+        """Forget the oldest once there are more than twice as many: what a server keeps is a window.
+
+        The first sample of memory stays: it is that of the weights.
+        """
+        for kept, first, most in ((self.spans, 0, spans), (self.memory, 1, 2 * spans), (self.lives, 0, lives)):
+            if len(kept) > 2 * most + first:
+                del kept[first:-most]
 
     @classmethod
     def of_ranks(cls, traces: Sequence[Trace]) -> Trace:

@@ -30,6 +30,10 @@ class Arrival:
     prompt_tokens: int
     new_tokens: int
 
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.new_tokens < 1:
+            raise ValueError(f"{self.prompt_tokens} prompt and {self.new_tokens} new tokens: give at least 1 of each")
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -45,10 +49,6 @@ class Lengths:
         prompt = self.prompt_median * math.exp(random.gauss(0, self.prompt_spread))
         new = self.new_median * math.exp(random.gauss(0, self.new_spread))
         return max(1, round(prompt)), max(1, round(new))
-
-    def scaled(self, factor: float) -> Lengths:
-        """The same shape with all lengths times `factor`, for models with a short context."""
-        return replace(self, prompt_median=self.prompt_median * factor, new_median=self.new_median * factor)
 
 
 # medians as published (Splitwise, section III); spreads of the logarithms computed from the published traces
@@ -106,6 +106,8 @@ def resample(arrivals: Sequence[Arrival], count: int, rate_per_s: float) -> list
     """The first `count` requests of a trace with their gaps stretched to `rate_per_s` on average; inf: all at once."""
     if not rate_per_s > 0:
         raise ValueError(f"rate_per_s={rate_per_s!r}: give requests per second above 0, or inf for all at once")
+    if not 1 <= count <= len(arrivals):
+        raise ValueError(f"count={count!r}: give a whole number from 1 to the trace's {len(arrivals)} requests")
     chosen = list(arrivals[:count])
     span_s = chosen[-1].time_s - chosen[0].time_s
     factor = (len(chosen) - 1) / rate_per_s / span_s if span_s > 0 else 0.0

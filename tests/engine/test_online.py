@@ -8,7 +8,9 @@ import pytest
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, SamplingParams
+from minillm.load import drive
 from minillm.trace.life import Event
+from minillm.trace.workload import Arrival
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +57,86 @@ def test_a_cancelled_life(llm: LLM) -> None:
     assert llm.trace.lives[0].moments[-1][0] is Event.CANCELLED
 
 
-def test_an_interrupt_loses_only_its_call(llm: LLM) -> None:
-    """The stop button in the middle of a step: the other stream goes on to its own end."""
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["sample", "schedule", "postprocess", "_span", "_note_cache", "scheduler.schedule"])
+def test_an_interrupt_loses_only_its_call(llm: LLM, place: str) -> None:
+    """The stop button anywhere in a step: the other stream goes on to its own end, and the next call works."""
     expected = llm.generate([[1, 2, 3]], LONG)[0].token_ids
     other = llm.stream([[1, 2, 3]], LONG)
     got = [next(other).token_id]
+    where, _, name = f"engine.{place}".rpartition(".")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm.engine, "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(llm.engine.scheduler if "scheduler" in where else llm.engine, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[4, 5]], LONG)
-    assert got + [piece.token_id for piece in other] == expected
+    got += [piece.token_id for piece in other]
+    assert got == expected
+    assert not llm.engine.scheduler.has_work
     assert llm.engine.scheduler.pool.num_used == 0
+    assert llm.generate([[1, 2, 3]], LONG)[0].token_ids == expected
+
+
+def test_a_cancel_while_the_batch_is_under_way(llm: LLM) -> None:
+    keep, drop = llm.prepare([[1, 2, 3]], LONG), llm.prepare([[4, 5]], LONG)
+    llm.new_trace()
+    llm.submit([*keep, *drop])
+    batch = llm.engine.schedule()
+    llm.cancel(drop)
+    llm.engine.postprocess(batch, llm.engine.compute(batch))
+    while llm.engine.requests:
+        llm.step()
+    assert keep[0].token_ids == llm.generate([[1, 2, 3]], LONG)[0].token_ids
+    assert drop[0].finish_reason == "cancelled"
+    assert llm.engine.scheduler.pool.num_used == 0
+
+
+def test_submitted_requests_are_in_the_trace(llm: LLM) -> None:
+    fresh, seen = llm.with_options(EngineOptions()), []
+    fresh.on_span = seen.append
+    fresh.submit(fresh.prepare([[1, 2, 3]], LONG))
+    while fresh.engine.requests:
+        fresh.step()
+    assert len(fresh.trace.spans) == len(seen) == 10
+    assert fresh.step() == []
+
+
+def test_a_load_that_is_interrupted_leaves_nothing_behind(llm: LLM) -> None:
+    arrivals = [Arrival(0.0, 3, 5)] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.engine, "sample", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            drive(llm, arrivals)
+    assert llm.engine.scheduler.pool.num_used == 0
+    assert len(drive(llm, arrivals).lives) == 3
+
+
+def test_reused_tokens_are_of_the_prompt(llm: LLM) -> None:
+    """Also when a preempted request finds its own answer in the cache."""
+    reusing = llm.with_options(EngineOptions(block_size=4, num_blocks=8, max_running=4, prefix_reuse=True))
+    outputs = reusing.generate([[number, 2, 3] for number in range(4)], LONG)
+    assert all(output.metrics.reused_tokens == 0 for output in outputs)
+
+
+def test_too_many_samples_are_refused_at_once(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="n=1000000000 samples, but only 4 can run together"):
+        llm.generate([[1]], SamplingParams(n=10**9))
+
+
+def test_long_stop_strings_are_cheap(llm: LLM) -> None:
+    """A stop string longer than any text: nothing is held back, and nothing takes long."""
+    stop = SamplingParams(max_tokens=10, ignore_eos=True, stop="x" * 400_000)
+    assert llm.generate([[1, 2, 3]], stop)[0].text == llm.generate([[1, 2, 3]], LONG)[0].text
+
+
+def test_a_closed_llm_says_so(llm: LLM) -> None:
+    closed = llm.with_options(EngineOptions())
+    stream = closed.stream([[1, 2, 3]], LONG)
+    closed.close()
+    with pytest.raises(ValueError, match="this LLM is closed"):
+        next(stream)
 
 
 def test_preempted_requests_end_right(llm: LLM) -> None:
@@ -79,7 +150,7 @@ def test_preempted_requests_end_right(llm: LLM) -> None:
 
 
 def test_what_can_never_fit_is_refused_and_nothing_runs(llm: LLM) -> None:
-    with pytest.raises(ValueError, match="may grow to 49 tokens, but the KV cache has room for 32"):
+    with pytest.raises(ValueError, match="may need room for 48 tokens, but the KV cache has room for 32"):
         llm.generate([[1], [1] * 39], LONG)
     with pytest.raises(ValueError, match="only 4 can run together"):
         llm.stream([[1]], SamplingParams(n=5))

@@ -76,7 +76,7 @@ def test_bench(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "requests/s" in capsys.readouterr().out
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.68,374,44\n" * 3)
-    assert call("bench", *small, "--trace", str(trace)) == 0
+    assert call("bench", *small, "--trace", str(trace), "--requests", "3") == 0
     assert "3 requests in" in capsys.readouterr().out
 
 

@@ -71,9 +71,12 @@ def test_missing_surplus_and_misshapen_tensors(folder: Path) -> None:
     save_file({**tensors, "model.norm.weight": torch.zeros(31)}, file)
     refused(folder, r"model.norm.weight is \[31\], but config.json makes it \[32\]")
     save_file({**tensors, "model.layers.0.mlp.up_proj.weight": torch.zeros(47, 32)}, file)
-    refused(
-        folder, r"gate_proj.weight and model.*up_proj.weight is .* and \[47, 32\], but config.json makes it \[96, 32\]"
-    )
+    refused(folder, r"model.layers.0.mlp.up_proj.weight is \[47, 32\], but config.json makes it \[48, 32\]")
+    swapped = {
+        f"model.layers.0.self_attn.{name}_proj.weight": torch.zeros(rows, 32) for name, rows in (("k", 24), ("v", 8))
+    }
+    save_file({**tensors, **swapped}, file)  # the sum is right
+    refused(folder, r"k_proj.weight is \[24, 32\], but config.json makes it \[16, 32\]")
 
 
 def test_files_beside_the_model_are_left_alone(folder: Path) -> None:

@@ -237,3 +237,21 @@ def test_no_such_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="could not get owner/model from the hub") as caught:
         LLM("owner/model")
     assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_stream() -> None:
+    """A tokenizer with byte fallback, as Llama 2 has: any tokens at all give some text."""
+    from tokenizers import Tokenizer, decoders, models
+
+    from minillm.model.tokenizer import TextStream
+
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"\u2581a": 256, "b": 257}
+    fast = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        stream = TextStream(fast)
+        text = "".join(stream.step(token) for token in torch.randint(0, 258, (12,), generator=draw).tolist())
+        assert isinstance(text + stream.rest(text), str)

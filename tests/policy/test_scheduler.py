@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.policy.batch import Batch
-from minillm.policy.blocks import BlockPool
+from minillm.policy.blocks import BlockPool, chain
 from minillm.policy.options import EngineOptions
 from minillm.policy.scheduler import ScheduledRequest, Scheduler, Status
 
@@ -234,7 +234,7 @@ def test_an_order_of_ones_own() -> None:
 def test_what_can_never_run_is_refused_and_others_stay() -> None:
     machine = start(replace(SMALL, num_blocks=2), 4)
     for request, text in (
-        (ScheduledRequest(1, [1] * 4, 9), "may grow to 9 tokens, but the KV cache has room for 8"),
+        (ScheduledRequest(1, [1] * 4, 10), "may need room for 9 tokens, but the KV cache has room for 8"),
         (ScheduledRequest(0, [1], 2), "there is a request 0 already"),
         (ScheduledRequest(1, [1], 2, samples=5), "n=5 samples, but only 4"),
     ):
@@ -243,12 +243,57 @@ def test_what_can_never_run_is_refused_and_others_stay() -> None:
     assert sizes(machine) == [(0, 4)]
 
 
-def test_a_batch_that_did_not_run_is_taken_again() -> None:
+def test_after_an_error_requests_start_again() -> None:
     machine = start(SMALL, 3, 20)
     first = machine.scheduler.schedule(0.0)
-    machine.scheduler.abandon(first)
-    again = machine.scheduler.schedule(0.0)
-    assert again.chunks == first.chunks
+    machine.scheduler.remove(1)  # takes effect when its batch comes back, or is given up
+    assert machine.scheduler.recover() == {0, 1}
+    assert list(machine.scheduler.requests) == [0]
+    assert machine.pool.num_used == 0
+    assert machine.scheduler.schedule(0.0).chunks == first.chunks[:1]
+
+
+def test_the_last_token_needs_no_room() -> None:
+    machine = start(replace(SMALL, num_blocks=2), 5, new=4)  # 9 tokens, of which 8 are cached
+    while machine.scheduler.has_work:
+        sizes(machine)
+    assert len(machine.ended[0]) == 9
+
+
+def test_a_fork_stands_where_its_parent_stands() -> None:
+    machine = start(SMALL, 2)
+    machine.scheduler.requests[0].priority = 3.0
+    machine.scheduler.requests[0].arrival_s = 7.0
+    sizes(machine)
+    twin = ScheduledRequest(9, [1, 1, 5], 6)
+    machine.scheduler.fork(0, twin)
+    assert (twin.priority, twin.arrival_s) == (3.0, 7.0)
+
+
+def test_a_prompt_begun_waits_for_those_that_decode() -> None:
+    """Of higher priority, it keeps what it has computed while the others' batch is put together."""
+    machine = start(replace(SMALL, num_blocks=6, max_step_tokens=4), 4, 16, new=6)
+    machine.scheduler.requests[1].priority = -1.0
+    machine.scheduler.requests[0].priority = -2.0
+    sizes(machine)
+    machine.scheduler.requests[0].priority = 2.0  # from now on the other one goes first
+    while machine.scheduler.has_work:
+        computed = machine.scheduler.requests[1].computed if 1 in machine.scheduler.requests else 99
+        sizes(machine)
+        assert 1 not in machine.scheduler.requests or machine.scheduler.requests[1].computed >= computed
+    assert {number: len(tokens) for number, tokens in machine.ended.items()} == {0: 10, 1: 22}
+
+
+def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("minillm.policy.blocks.chain", lambda parent, tokens: calls.append(1) or chain(parent, tokens))
+    machine = start(replace(SMALL, prefix_reuse=True, max_running=2, num_blocks=9), 16, 32, new=3)
+    sizes(machine)
+    before = len(calls)
+    for _ in range(3):
+        sizes(machine)
+    assert len(calls) - before <= 7 + 3  # its own keys once; the other one's new blocks
+    assert machine.scheduler.requests[1].computed == 0 or machine.scheduler.requests[1].status is Status.RUNNING
 
 
 @pytest.mark.parametrize(

@@ -205,12 +205,17 @@ BAD = {
     "below its range": ({"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
     "negative n": ({"prompt": "a", "n": -1}, 400, "n=-1"),
     "too many samples": ({"prompt": "a", "n": 17}, 400, "only 16 can run together"),
+    "no answer": ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
     "stream": ({"prompt": "a", "stream": "yes"}, 400, "stream: give true or false"),
     "stop": ({"prompt": "a", "stop": [3]}, 400, "stop: give a text"),
     "unknown": ({"prompt": "a", "logprobs": 3}, 400, "logprobs: this server does not know it"),
     "model": ({"prompt": "a", "model": "gpt-9"}, 404, "the model 'gpt-9' is not here"),
     "too long": ({"prompt": [1] * 600}, 400, "leaves room for 511"),
-    "queue": ({"prompt": ["a"] * 71}, 429, "at most 70 may be"),
+    "never fits the queue": ({"prompt": ["a"] * 71}, 400, "71 requests in one call, but at most 70 may be under way"),
+    "very many samples": ({"prompt": "a", "n": 10**9}, 400, "1000000000 requests in one call"),
+    "long stop": ({"prompt": "a", "stop": "x" * 1001}, 400, "at most 16 texts of at most 1,000 characters"),
+    "misspelt": ({"prompt": "a", "max_token": 3}, 400, "max_token: this server does not know it"),
+    "huge temperature": ({"prompt": "a", "temperature": 10**400}, 400, "temperature="),
     "size": (b" " * (4 * 2**20 + 1), 413, "above 4 MiB"),
 }
 

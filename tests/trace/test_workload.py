@@ -77,6 +77,8 @@ def test_the_published_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     )
     monkeypatch.setenv("MINILLM_DATA", str(file.parent))
     assert find_trace("azure-conversation") == file
+    with pytest.raises(ValueError, match="from 1 to the trace's 19366 requests"):
+        resample(arrivals, 20_000, 4.0)
     some = resample(arrivals, 100, 4.0)
     assert len(some) == 100 and some[0].time_s == 0 and some[-1].time_s == pytest.approx(99 / 4)
 
