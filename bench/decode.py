@@ -33,16 +33,18 @@ def prompts(count: int, length: int) -> list[list[int]]:
 
 
 def engine_steps(model: Decoder, count: int) -> Callable[[], object]:
-    """`STEPS` decode steps of `count` sequences that have `PROMPT` tokens in the cache, sampling included."""
-    cache = PagedCache(model.config, count, PROMPT + STEPS, model.device, model.dtype)
+    """`STEPS` decode steps of `count` sequences that have `PROMPT` tokens in blocks of 16, sampling included."""
+    each = -(-(PROMPT + STEPS) // 16)
+    cache = PagedCache(model.config, count * each, 16, model.device, model.dtype)
+    tables = [tuple(range(slot * each, (slot + 1) * each)) for slot in range(count)]
     for slot, ids in enumerate(prompts(count, PROMPT)):
-        model(Batch((Chunk(slot, 0, tuple(ids), (slot,)),)), cache)
+        model(Batch((Chunk(slot, 0, tuple(ids), tables[slot]),)), cache)
 
     def job() -> None:
         tokens = [5] * count
         for step in range(STEPS):
-            batch = Batch(tuple(Chunk(slot, PROMPT + step, (token,), (slot,)) for slot, token in enumerate(tokens)))
-            tokens = [int(row.argmax()) for row in model(batch, cache)]
+            chunks = (Chunk(slot, PROMPT + step, (token,), tables[slot]) for slot, token in enumerate(tokens))
+            tokens = model(Batch(tuple(chunks)), cache).argmax(-1).tolist()
 
     return job
 

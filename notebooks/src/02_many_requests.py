@@ -85,13 +85,13 @@ for rule in (static, continuous):
 #
 # ## Predict
 #
-# Sixteen requests want answers between 3 and 40 tokens, on four seats.
+# Twelve requests want answers between 3 and 30 tokens, on four seats.
 
 # %%
 from minillm.lesson.predict import Predict
 
 shorter = Predict(
-    "02.static_or_continuous", "How many times longer do static batches take than continuous ones?", "×", 0.5, 10
+    "02.static", "How many times longer do static batches take than continuous ones?", "×", 0.5, 10
 )
 shorter
 
@@ -104,8 +104,8 @@ shorter
 from random import Random
 
 draw = Random(2)
-work = [SamplingParams(max_tokens=draw.choice((3, 5, 8, 12, 40)), ignore_eos=True) for _ in range(16)]
-prompts = [ask(f"Name a {thing}.") for thing in things * 3 + ["city"]]
+work = [SamplingParams(max_tokens=draw.choice((3, 5, 8, 30)), ignore_eos=True) for _ in range(12)]
+prompts = [ask(f"Name a {thing}.") for thing in [*things, *things, "city", "tree"]]
 runs, tokens = {}, {}
 for name, switch in (("static batches", False), ("continuous batching", True)):
     engine = llm.with_options(EngineOptions(max_running=4, continuous=switch))  # the same weights
@@ -120,8 +120,8 @@ seconds = [run.end_s - run.start_s for run in runs.values()]
 finding = "A seat that falls empty is taken at once, so the same work ends sooner"
 shorter.reveal(
     seconds[0] / seconds[1],
-    "The empty seats are most of what is saved. Not all: with fewer rows a step of this CPU is a little shorter, so an "
-    "empty seat costs less than a taken one. On a GPU, where a step takes as long with one row as with four, more is saved.",
+    "The empty seats are what is saved, but not in full: with fewer rows a step of a CPU is shorter, "
+    "so an empty seat costs less than a taken one. On a GPU both cost the same, and more is saved.",
     draw_seats(runs, finding),
 )
 
@@ -140,16 +140,17 @@ from minillm.viz.style import show
 points = []
 for batch in (1, 2, 4, 8, 16, 32):
     engine = llm.with_options(EngineOptions(max_running=batch))
-    engine.generate([prompts[0]] * batch, SamplingParams(max_tokens=14, ignore_eos=True))
+    engine.generate([[1, 2, 3, 4]] * batch, SamplingParams(max_tokens=10, ignore_eos=True))
     step_s = median(span.duration_s for span in engine.trace.spans if span.name == "decode")
     points.append(Point(batch, batch / step_s, step_s))
 finding = "Each larger batch gains less and costs more: somewhere there is a knee"
-show(draw_curve({"this machine": points}, finding, "measured · one device · SmolLM2-135M float32 · 36 tokens each"))
+caption = "measured · one device · SmolLM2-135M float32 · prompts of 4 tokens"
+show(draw_curve({"this machine": points}, finding, caption))
 
 # %% [markdown]
 # ## A long prompt comes in
 #
-# Two people read their answers as they come. A third sends a prompt of 900 tokens. The engine reads it in **one** step.
+# Two people read their answers as they come. A third sends a prompt of 600 tokens. The engine reads it in **one** step.
 
 # %%
 felt = Predict("02.long_prompt", "What do the first two see while the prompt is being read?",
@@ -162,8 +163,8 @@ felt
 def with_long_prompt(**switches):
     """Two answers run; after their sixth token the prompt comes. Returns the trace."""
     engine = llm.with_options(EngineOptions(**switches))
-    readers = engine.prepare(prompts[:2], SamplingParams(max_tokens=24, ignore_eos=True))
-    late = engine.prepare([[7] * 900], SamplingParams(max_tokens=4, ignore_eos=True))
+    readers = engine.prepare(prompts[:2], SamplingParams(max_tokens=18, ignore_eos=True))
+    late = engine.prepare([[7] * 600], SamplingParams(max_tokens=4, ignore_eos=True))
     engine.new_trace()
     engine.submit(readers)
     while len(readers[0].token_ids) < 6:
@@ -177,7 +178,7 @@ def with_long_prompt(**switches):
 from minillm.viz.requests import draw_requests
 
 whole = with_long_prompt(chunked_prefill=False)
-felt.reveal(2, "Everyone in a step waits for the whole step. Their mean TPOT hides the pause; the largest ITL shows it.")
+felt.reveal(2, "Everyone in a step waits for all of it. TPOT, a mean, hides that; the largest ITL does not.")
 
 # %%
 show(draw_requests(whole, "Read in one step, the prompt makes everybody else wait"))
@@ -236,16 +237,19 @@ def draw_what_if(device, model, answers):
     for name, points in curves.items():
         for batch in (1, 4, 16, 64):
             lengths = Random(batch)
-            arrivals = [Arrival(0.0, 32, lengths.choice(answer_lengths[answers])) for _ in range(2 * batch)]
+            wanted = [lengths.choice(answer_lengths[answers]) for _ in range(2 * batch)]
+            arrivals = [Arrival(0.0, 32, tokens) for tokens in wanted]
             options = EngineOptions(max_running=batch, continuous=name == "continuous")
             report = Report.of(simulate(arrivals, SHAPES[model], hardware, dtype, options).lives)
             points.append(Point(batch, report.tokens_per_s, report.latency("tpot", 50).value))
     gains = [a.tokens_per_s / b.tokens_per_s for a, b in zip(curves["continuous"], curves["static"])]
     most = max(range(4), key=gains.__getitem__)
-    finding = f"Continuous batching gives up to {gains[most]:.1f} times as many tokens, at batch {curves['static'][most].batch}"
+    batch = curves["static"][most].batch
+    finding = f"Continuous batching gives up to {gains[most]:.1f} times as many tokens, at batch {batch}"
     if max(gains) < 1.15:
         finding = "Little is won: with answers of one length no seat stays empty"
-    return draw_curve(curves, finding, f"planned by the roofline · {device} · {model} {dtype} · answers {answers}")
+    caption = f"planned by the roofline · {device} · {model} {dtype} · answers {answers}"
+    return draw_curve(curves, finding, caption)
 
 
 from minillm.viz.whatif import WhatIf
@@ -337,8 +341,9 @@ show(draw_requests(trace, "Your schedule: answers go on while new prompts come i
 # >
 # > **Papers.** Yu et al., *Orca*, 2022 (iteration-level scheduling) · Agrawal et al., *Sarathi-Serve*, 2024 (chunked
 # > prefill) · Little, *A Proof for the Queuing Formula L = λW*, 1961.
-#
-# **Next:** sixty-four seats need sixty-four caches. How much of that memory is ever used?
 
 # %%
 llm.close()
+
+# %% [markdown]
+# **Next:** sixty-four seats need sixty-four caches. How much of that memory is ever used?

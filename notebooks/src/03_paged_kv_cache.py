@@ -73,7 +73,8 @@ answers = [SamplingParams(max_tokens=length, ignore_eos=True) for length in leng
 paged = llm.with_options(EngineOptions(num_blocks=64))
 live = BlockMap("Blocks are taken when a token needs one, and given back at the end",
                 "SmolLM2-135M · 64 blocks of 16 tokens · the number is the request")
-caches = {"blocks of 16": watch(paged, paged.prepare(prompts, answers), live)}
+requests = {"paged": paged.prepare(prompts, answers)}
+caches = {"blocks of 16": watch(paged, requests["paged"], live)}
 
 # %% [markdown]
 # ## By hand
@@ -113,24 +114,24 @@ used
 
 # %%
 reserving = llm.with_options(EngineOptions(block_size=256, num_blocks=4))
-cells = watch(reserving, reserving.prepare(prompts, answers))
+requests["reserved"] = reserving.prepare(prompts, answers)
+cells = watch(reserving, requests["reserved"])
 caches = {"reservations of 256": split(cells, 16), **caches}
 share = [filled for _, holders, filled in cells if holders]
 used.reveal(
     100 * sum(share) / len(share),
-    "Each of the four holds room for 256 tokens and ends with fewer than 60. The other four requests wait, though "
-    "most places are empty. vLLM's authors measured 20 to 38 % in the systems of 2023.",
-    draw_blocks(caches, "The waste was reserved, not used", "measured · SmolLM2-135M · the same 1,024 places, 8 requests"),
+    "Each of the four holds room for 256 tokens and ends with fewer than 70. The other four requests "
+    "wait, though most places are empty. vLLM's authors measured 20 to 38 % in systems of their day.",
+    draw_blocks(caches, "The waste was reserved, not used",
+                "measured · SmolLM2-135M · the same 1,024 places, 8 requests"),
 )
 
 # %%
-tokens = {}
 for name, engine in (("reserved", reserving), ("paged", paged)):
-    outputs = engine.generate(prompts, answers)
-    tokens[name] = [output.token_ids for output in outputs]
-    steps = len(engine.trace.spans)
-    at_once = max(len(span.request_ids) for span in engine.trace.spans)
-    print(f"{name:9} {at_once} requests at a time, {steps} steps")
+    spans = engine.trace.spans
+    at_once = max(len(span.request_ids) for span in spans)
+    print(f"{name:9} {at_once} requests at a time, {len(spans)} steps")
+tokens = {name: [request.token_ids for request in each] for name, each in requests.items()}
 print("the same tokens:", tokens["reserved"] == tokens["paged"])
 
 # %% [markdown]
@@ -144,13 +145,16 @@ print("the same tokens:", tokens["reserved"] == tokens["paged"])
 
 # %%
 RULES = "You are the assistant of a small railway museum. Be brief. " + " ".join(
-    f"Rule {n}: if somebody asks about engine {n}, say that it stands in hall {n % 4 + 1}." for n in range(12)
+    f"Rule {n}: if somebody asks about engine {n}, say that it stands in hall {n % 4 + 1}."
+    for n in range(12)
 )
 questions = [RULES + f"\n\nVisitor: where is engine {n}?\n\nAssistant:" for n in (7, 10)]
 print(len(llm.tokenizer.encode(questions[0])), "tokens, most of them the same in both")
 
 # %%
-sooner = Predict("03.prefix", "How many times sooner does the second visitor get the first word?", "×", 1, 100)
+sooner = Predict(
+    "03.prefix", "How many times sooner does the second visitor get the first word?", "×", 1, 100
+)
 sooner
 
 # %%
@@ -163,8 +167,8 @@ for switch in (False, True):
 print("the same tokens:", said[True] == said[False])
 sooner.reveal(
     seconds[False] / seconds[True],
-    f"Only {len(output.prompt_token_ids) - output.metrics.reused_tokens} of {len(output.prompt_token_ids)} prompt tokens "
-    "were computed. Blocks that nobody holds any more are kept until their room is needed, the least recently used go first.",
+    f"{output.metrics.reused_tokens} of {len(output.prompt_token_ids)} tokens were there already. "
+    "Blocks that nobody holds are kept until their room is needed; the least recently used go first.",
 )
 
 # %% [markdown]
@@ -175,8 +179,9 @@ sooner.reveal(
 
 # %%
 sampling = llm.with_options(EngineOptions(num_blocks=32))
-live = BlockMap("Three answers share what they have in common", "SmolLM2-135M · 32 blocks of 16 tokens · ×3: held by three")
-three = SamplingParams(max_tokens=40, n=3, temperature=0.8, seed=1, ignore_eos=True)
+live = BlockMap("Three answers share what they have in common",
+                "SmolLM2-135M · 32 blocks of 16 tokens · ×3: held by three")
+three = SamplingParams(max_tokens=24, n=3, temperature=0.8, seed=1, ignore_eos=True)
 _ = watch(sampling, sampling.prepare([RULES], three), live)
 
 # %% [markdown]
@@ -190,12 +195,13 @@ from minillm.trace.life import Event
 from minillm.viz.requests import draw_requests
 from minillm.viz.style import show
 
-tight = llm.with_options(EngineOptions(num_blocks=14))
-long = SamplingParams(max_tokens=40, ignore_eos=True)
+tight = llm.with_options(EngineOptions(num_blocks=13))
+long = SamplingParams(max_tokens=30, ignore_eos=True)
 outputs = tight.generate(prompts[:4], long)
 lost = sum(event is Event.PREEMPTED for life in tight.trace.lives for event, _ in life.moments)
+roomy = llm.generate(prompts[:4], long)
 print(f"{lost} times a request lost its blocks; the same tokens:",
-      [output.token_ids for output in outputs] == [output.token_ids for output in llm.generate(prompts[:4], long)])
+      [output.token_ids for output in outputs] == [output.token_ids for output in roomy])
 show(draw_requests(tight.trace, "Who came last gives its blocks up, waits, and goes on"))
 
 # %% [markdown]
@@ -218,7 +224,7 @@ show_source("policy.blocks.BlockPool.take")
 
 # %%
 wrong = Predict("03.no_copy", "What comes out?", choices=(
-    "an error", "all three right: they had the same tokens", "the same answer three times", "fluent, wrong answers"))
+    "an error", "the right answers", "the same answer three times", "fluent, wrong answers"))
 wrong
 
 # %%
@@ -243,7 +249,7 @@ for right, broken in zip(good.samples, bad.samples):
     print("right: ", repr(right.text), "\nbroken:", repr(broken.text), "\n")
 
 # %%
-wrong.reveal(3, "Where all three write, one survives, and the others attend to its words. No error tells.")
+wrong.reveal(3, "Where all three write, one survives; the others attend to its words. No error tells.")
 
 # %% [markdown]
 # ## What if: another device, longer texts
@@ -256,14 +262,14 @@ from minillm.model.shapes import SHAPES
 from minillm.viz.room import draw_room
 from minillm.viz.whatif import WhatIf
 
-texts = {"chats of 50 to 600 tokens": (50, 120, 300, 600), "documents that fill the context": (1900, 2000, 2040)}
+texts = {"chats of 50 to 600 tokens": lambda longest: (50, 120, 300, 600),
+         "documents that fill the context": lambda longest: (longest * 9 // 10, longest)}
 
 
 def draw_what_if(device, model, sequences):
     config = SHAPES[model]
-    lengths = [min(length * config.max_positions // 2048, config.max_positions) for length in texts[sequences]] \
-        if sequences.startswith("doc") else texts[sequences]
-    caption = f"computed from shapes · {device} · {model} float16 · {sequences} · nine tenths of the memory used"
+    lengths = texts[sequences](config.max_positions)
+    caption = f"computed from shapes · {device} · {model} float16 · {sequences} · 90 % of memory used"
     return draw_room(find_device(device), config, "float16", lengths, caption)
 
 
@@ -302,7 +308,8 @@ from minillm.lesson.exercises.lesson_03 import method_of
 
 with patch.object(BlockTable, "write", method_of(write)):
     yours = sampling.generate(forks, three)[0]
-print("the same tokens:", [each.token_ids for each in yours.samples] == [each.token_ids for each in good.samples])
+pairs = zip(yours.samples, good.samples)
+print("the same tokens:", all(mine.token_ids == right.token_ids for mine, right in pairs))
 
 # %% [markdown]
 # ## Passport
@@ -320,8 +327,9 @@ print("the same tokens:", [each.token_ids for each in yours.samples] == [each.to
 # >
 # > **Papers.** Kwon et al., *Efficient Memory Management for LLM Serving with PagedAttention*, 2023 · Zheng et al.,
 # > *SGLang* (RadixAttention), 2024.
-#
-# **Next:** some models do not fit beside *any* cache. What if one device holds only some of the layers?
 
 # %%
 llm.close()
+
+# %% [markdown]
+# **Next:** some models do not fit beside *any* cache. What if one device holds only some of the layers?
