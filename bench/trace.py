@@ -21,7 +21,7 @@ ROUNDS, STEPS = 15, 24
 def prefilled(llm: LLM, count: int, params: SamplingParams, timing: bool) -> Engine:
     """An engine in which `count` requests decode."""
     engine = Engine(llm.model, llm.options, Recorder(timing=timing))
-    requests = llm._requests([[5] * 64] * count, params)
+    requests = llm.prepare([[5] * 64] * count, params)
     for number, request in enumerate(requests):
         request.scheduled.request_id = number
     engine.add(requests)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import secrets
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from minillm.engine.engine import Engine
+from minillm.engine.intake import Intake, Prompt
 from minillm.engine.request import Piece, Request, RequestOutput, number, with_twins
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
@@ -26,12 +25,8 @@ from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import ScheduledRequest
-from minillm.trace.life import RequestLife
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Span, Trace
-
-Prompt = str | list[int]
 
 
 class LLM:
@@ -60,6 +55,7 @@ class LLM:
             raise ValueError(f"layout {str(self.layout)!r} is not built yet: this version runs one device, layout=''")
         self.device = _device(device)
         self.tokenizer = Tokenizer(self.folder)
+        self.intake = Intake(self.config, self.tokenizer)
         self.model = Decoder(self.config)
         load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
         pack(self.model)
@@ -75,7 +71,7 @@ class LLM:
 
         `params` is one `SamplingParams` for all, or one for each. `trace` then holds this run.
         """
-        requests = self._requests(prompts, params)
+        requests = self.prepare(prompts, params)
         for _ in self._pieces(requests):
             pass
         return [request.output() for request in requests]
@@ -84,7 +80,7 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Trace:
         """Generate once more, slowly, and return the trace with the peak of every step's activations; `trace` stays."""
-        requests = self._requests(prompts, params)
+        requests = self.prepare(prompts, params)
         recorder = self._new_recorder(activations=True)
         with one_thread():
             engine = Engine(self.model, self.options, recorder)
@@ -100,13 +96,14 @@ class LLM:
         Its requests join those that run already, such as another stream's; closing the iterator cancels them.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return self._pieces(self._requests([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
+        return self._pieces(self.prepare([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
 
     def prepare(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Request]:
         """Requests for `submit`, checked: raises `ValueError` for what `generate` refuses. Their `inbox` is shared."""
-        return self._requests(prompts, params)
+        self._check_open()
+        return self.intake.requests(prompts, params, self.engine.scheduler)
 
     def submit(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
         """Let prepared requests wait, and return at once; `step` then serves them, and their `inbox` gets what they give.
@@ -148,7 +145,7 @@ class LLM:
                 f"score takes a list of token ids, not a {type(token_ids).__name__}: use tokenizer.encode(text)"
             )
         self._check_open()
-        self._check(token_ids, 0)
+        self.intake.check(token_ids)
         cache = PagedCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
@@ -212,76 +209,9 @@ class LLM:
         }
         return Recorder(timing=self.timing, **about, **options)
 
-    def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-            raise ValueError("prompts must be a list: write generate([prompt])")
-        self._check_open()
-        if not prompts:
-            raise ValueError("there are no prompts: give a list of at least one")
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts but {len(each)} sampling parameters: give one for all, or one for each"
-            )
-        for one in each:
-            if not isinstance(one, SamplingParams):
-                raise ValueError(f"{one!r} are no sampling parameters: write SamplingParams(max_tokens=…)")
-            self.engine.scheduler.check_samples(one.n)
-        tokens = [self._encode(prompt, number) for number, prompt in enumerate(prompts)]
-        inbox: deque[Piece] = deque()
-        requests = [self._request(index, ids, one, inbox) for index, (ids, one) in enumerate(zip(tokens, each))]
-        for request in requests:
-            self.engine.scheduler.check(request.scheduled)
-        return requests
-
-    def _request(self, index: int, prompt: list[int], params: SamplingParams, inbox: deque[Piece]) -> Request:
-        """A request and, for n > 1, its twins."""
-        stops = frozenset(params.stop_token_ids) | (
-            frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
-        )
-        seed = secrets.randbits(32) if params.seed is None else params.seed
-        longest = min(self.config.max_positions, len(prompt) + params.max_tokens)
-        samples = []
-        for sample in range(params.n):
-            scheduled = ScheduledRequest(-1, list(prompt), longest, samples=params.n if sample == 0 else 1)
-            life = RequestLife(-1, prompt_tokens=len(prompt))
-            stream = self.tokenizer.stream()
-            samples.append(
-                Request(index, scheduled, len(prompt), params, seed, stops, stream, life, inbox, sample)
-            )  # fmt: skip
-        first, *first.twins = samples
-        return first
-
     def _check_open(self) -> None:
         if not hasattr(self, "model"):
             raise ValueError("this LLM is closed: make a new one with LLM(…)")
-
-    def _encode(self, prompt: Prompt, number: int) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt) if prompt else []
-        elif isinstance(prompt, list) and all(
-            isinstance(token, int) and not isinstance(token, bool) for token in prompt
-        ):
-            ids = prompt
-        else:
-            raise ValueError(
-                f"prompt {number} is a {type(prompt).__name__}: give a text, or a list of token ids, whole numbers"
-            )
-        self._check(ids, number, room_for=1)
-        return ids
-
-    def _check(self, ids: list[int], number: int, room_for: int = 0) -> None:
-        if not ids:
-            raise ValueError(f"prompt {number} is empty: give at least one token")
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise ValueError(f"prompt {number} holds a token id outside 0 … {self.config.vocab_size - 1}")
-        if len(ids) + room_for > self.config.max_positions:
-            limit = self.config.max_positions - room_for
-            raise ValueError(
-                f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it"
-            )
 
 
 def _options(options: EngineOptions | None) -> EngineOptions:

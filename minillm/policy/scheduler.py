@@ -206,7 +206,7 @@ class Scheduler:
     def _has_room(self, request: ScheduledRequest) -> bool:
         """Whether the blocks suffice to start: for all tokens it has now, or, without preemption, will ever have."""
         assert request.table is not None
-        if self.options.preemption and self.options.continuous:
+        if self.options.preemption and (self.options.continuous or not self.running):
             return request.table.missing(request.computed, len(request.tokens)) <= self.pool.num_free
         claims = sum(each.samples * self._claim(each) for each in [*self.running, request])
         return claims <= self.pool.num_blocks

@@ -167,3 +167,71 @@ def test_lesson_01(browser: Any, lab: str) -> None:
     page.screenshot(path=SHOTS / "01-moved.png")
     assert page.broken == []
     page.close()
+
+
+everything = pytest.mark.skipif(not os.environ.get("MINILLM_ALL_LESSONS"), reason="a longer run: make soak")
+
+
+def choose(page: Any, card: Any, label: str, value: str) -> float:
+    """Seconds until a what-if has drawn again for another choice."""
+    read = "(label) => [...document.querySelectorAll('.minillm-card')].find((e) => e.innerText.includes(label)).querySelector('img').src"
+    before = page.evaluate(read, label)
+    began = time.monotonic()
+    card.locator("select", has_text=value).select_option(value)
+    page.wait_for_function(f"([label, before]) => ({read})(label) !== before", arg=[label, before], timeout=5000)
+    return time.monotonic() - began
+
+
+@everything
+def test_lesson_02(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "02_many_requests.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "02")
+    ask = page.locator(".minillm-card", has_text="How many times longer do static batches take")
+    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
+    area = ask.first.locator(".minillm-guess-axis").bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.7, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
+    assert ask.last.locator("img").is_visible()
+    label = "Which curve wins, and where does it bend?"
+    card = page.locator(".minillm-card", has_text=label)
+    for value in ("H100", "all of 16 tokens", "Llama-3.1-8B"):
+        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    card.locator("select", has_text="T4").select_option("T4")
+    page.wait_for_function("document.body.innerText.includes('they do not fit')")
+    page.screenshot(path=SHOTS / "02-moved.png")
+    assert page.broken == []
+    page.close()
+
+
+@everything
+def test_lesson_03(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "03_paged_kv_cache.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "03")
+    live = page.locator(".minillm-card", has_text="Blocks are taken when a token needs one").first
+    told = live.inner_text()
+    live.locator("input[type=range]").focus()
+    page.keyboard.press("Home")
+    page.wait_for_timeout(200)
+    assert live.inner_text() != told
+    for _ in range(12):
+        page.keyboard.press("ArrowRight")
+    assert "13 of 25: " in live.inner_text()
+    forks = page.locator(".minillm-card", has_text="Three answers share").first
+    forks.locator("input[type=range]").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    assert "×3" in forks.locator("svg").text_content()
+    ask = page.locator(".minillm-card", has_text="How much of the reserved room is filled")
+    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
+    ask.first.locator("button", has_text="Skip").click()
+    assert "Measured: 2" in ask.last.inner_text()
+    label = "How many sequences fit beside the weights?"
+    card = page.locator(".minillm-card", has_text=label)
+    for value in ("H200", "documents that fill the context", "Llama-3.1-70B"):
+        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    page.screenshot(path=SHOTS / "03-moved.png")
+    assert page.broken == []
+    page.close()

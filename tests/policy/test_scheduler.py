@@ -204,6 +204,13 @@ def test_a_static_batch_ends_before_the_next_begins() -> None:
     assert [sizes(machine) for _ in range(4)] == [[(0, 3), (1, 3)], [(0, 1), (1, 1)], [(2, 3)], [(2, 1)]]
 
 
+def test_a_static_batch_of_one_always_begins() -> None:
+    """Though its samples would take more blocks than there are, did they share none."""
+    machine = Machine(replace(SMALL, continuous=False, block_size=1, num_blocks=12), 1)
+    machine.scheduler.add(ScheduledRequest(0, [0] * 7, 8, samples=2))
+    assert sizes(machine) == [(0, 7)]
+
+
 def test_the_latest_is_preempted_and_comes_back() -> None:
     machine = start(replace(SMALL, num_blocks=3), 4, 4, new=6)
     assert sizes(machine) == [(0, 4), (1, 4)]
