@@ -60,6 +60,7 @@ class BlockMap(InteractivePicture):
     caption = traitlets.Unicode().tag(sync=True)
     columns = traitlets.Int(32).tag(sync=True)
     steps: Any = traitlets.List().tag(sync=True)
+    at = traitlets.Int(-1).tag(sync=True)  # the step to stand at when all have been seen
 
     def __init__(self, finding: str, caption: str = "", columns: int = 32) -> None:
         super().__init__()
@@ -71,10 +72,14 @@ class BlockMap(InteractivePicture):
         """Take a picture of the pool; the browser follows at most ten times a second."""
         self._seen.append(look(scheduler))
         if time.monotonic() - self._shown_s > REFRESH_S:
-            self.finish()
+            self._show()
 
     def finish(self) -> None:
-        """Show all that was seen so far."""
+        """All has been seen: stand at the fullest step."""
+        self._show()
+        self.at = self._seen.index(fullest(self._seen)) if self._seen else -1
+
+    def _show(self) -> None:
         self._shown_s = time.monotonic()
         self.steps = [[list(cell) for cell in cells] for cells in self._seen]
 

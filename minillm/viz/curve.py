@@ -50,6 +50,6 @@ def draw_curve(
             axis.get_xlim()[1] * 0.01, guess[0], f"{guess[1]} {plain(guess[0])}", color=GUESS, va="bottom", fontsize=9.5
         )
     if len(curves) > 1:
-        axis.legend(loc="lower right", frameon=False)
+        axis.legend(loc="best", frameon=False)
     axis.grid(which="major", color="#ececec", linewidth=0.8)
     return frame(figure, finding, caption)

@@ -309,7 +309,7 @@ def test_a_look_at_the_blocks() -> None:
     live = BlockMap("Blocks")
     live.watch(scheduler)
     live.finish()
-    assert live.steps[-1][1] == [0, 2, 0.5]
+    assert live.steps[live.at][1] == [0, 2, 0.5]
     assert live.png().startswith(b"\x89PNG")
     assert BlockMap("nothing yet").png().startswith(b"\x89PNG")
 

@@ -46,7 +46,12 @@ function render({ model, el }) {
       : "nothing has run yet";
   }
   range.addEventListener("input", () => { follow = range.value === range.max; draw(); });
+  function stand() {
+    if (model.get("at") >= 0) { follow = false; range.max = model.get("steps").length - 1; range.value = model.get("at"); }
+    draw();
+  }
+  model.on("change:at", stand);
   for (const name of ["steps", "finding", "caption"]) model.on(`change:${name}`, draw);
-  draw();
+  stand();
 }
 export default { render };
