@@ -49,7 +49,7 @@ def draw_room(device: Device, config: ModelConfig, dtype: str, lengths: Sequence
         f"16 tokens: {plain(marked)}", (16, marked), xytext=(0, 12), textcoords="offset points", ha="center", color=INK
     )
     axis.annotate(
-        f"the whole context, {config.max_positions:,}: {plain(room[-1])}", (sizes[-1], room[-1]), xytext=(-9, -4),
+        f"the whole context, {config.max_positions:,}: {plain(room[-1])}", (sizes[-1], room[-1]), xytext=(0, -18),
         textcoords="offset points", ha="right", color=GUESS,
     )  # fmt: skip
     gain = marked / room[-1]
