@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import psutil
 import torch
 import torch.distributed as dist
+from hypothesis import strategies as st
 
 
 def gone(pids: list[int], within_s: float = 5.0) -> bool:
@@ -31,3 +33,7 @@ def total() -> float:
     x = torch.full((4,), float(dist.get_rank()))
     dist.all_reduce(x)
     return x[0].item()
+
+
+EXAMPLES = int(os.environ.get("MINILLM_EXAMPLES", "60"))  # more in `make soak`
+SWITCHES = {name: st.booleans() for name in ("continuous", "chunked_prefill", "preemption", "prefix_reuse")}

@@ -168,7 +168,7 @@ class Engine:
 
     def _span(self, batch: Batch) -> AbstractContextManager[object]:
         """The span of a step, with what it costs by formula."""
-        prompts = sum(len(chunk.token_ids) > 1 or chunk.start == 0 for chunk in batch.chunks)
+        prompts = sum(chunk.is_prefill for chunk in batch.chunks)
         name = "decode" if not prompts else "prefill" if prompts == len(batch.chunks) else "prefill + decode"
         cost = pass_cost(self.model.config, batch, self.model.dtype.itemsize).total
         return self.recorder.span(

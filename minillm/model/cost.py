@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minillm.hardware.devices import Device
 from minillm.model.config import DTYPE_BYTES, ModelConfig
 from minillm.policy.batch import Batch
+
+USABLE = 0.9  # of a device's memory
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,19 @@ class PassCost:
     def total(self) -> Cost:
         """Both."""
         return self.products + self.attention
+
+
+def cache_room_bytes(config: ModelConfig, device: Device, dtype: str) -> float:
+    """What nine tenths of a device's memory leave for the KV cache beside the weights.
+
+    Raises `ValueError` for weights that do not fit.
+    """
+    weights = config.parameters * DTYPE_BYTES[dtype]
+    if weights >= USABLE * device.memory_bytes:
+        raise ValueError(
+            f"the weights take {weights / 1e9:.0f} GB and {device.name} has {device.memory_bytes / 1e9:.0f}: they do not fit"
+        )
+    return USABLE * device.memory_bytes - weights
 
 
 def product_cost(rows: int, inputs: int, outputs: int, element_bytes: int) -> Cost:

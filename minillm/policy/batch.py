@@ -27,6 +27,11 @@ class Chunk:
         """The length of the sequence once this chunk is in the cache."""
         return self.start + len(self.token_ids)
 
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it reads a prompt, or a part of one; a single token that follows others is a decode."""
+        return self.start == 0 or len(self.token_ids) > 1
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -59,6 +59,8 @@ class Stuck(BaseException):
 
 @dataclass
 class Letter:
+    """A message on its way: what was sent, its number among all messages, and whether somebody took it."""
+
     tensor: torch.Tensor
     sent_at: int
     taken: bool = False

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from minillm.hardware.devices import Device
 from minillm.model.config import DTYPE_BYTES, ModelConfig
-from minillm.model.cost import pass_cost
+from minillm.model.cost import Cost, cache_room_bytes, pass_cost
+from minillm.policy.batch import Batch
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.scheduler import Order, ScheduledRequest, Scheduler, first_come
@@ -38,58 +39,62 @@ def simulate(
         raise ValueError(
             "a simulated prompt has a length and no tokens, so nothing can be reused: set prefix_reuse=False"
         )
-    scheduler = Scheduler(
-        BlockPool(options.num_blocks or _blocks(config, device, dtype, options), options.block_size), options, order
-    )
-    lives = {
-        number: RequestLife(number, prompt_tokens=arrival.prompt_tokens) for number, arrival in enumerate(arrivals)
-    }
+    pool = BlockPool(options.num_blocks or _blocks(config, device, dtype, options), options.block_size)
+    scheduler = Scheduler(pool, options, order)
+    lives = [RequestLife(number, prompt_tokens=each.prompt_tokens) for number, each in enumerate(arrivals)]
+    trace = Trace(clock=Clock.PLANNED, about={"model": "", "dtype": dtype, "device": device.name}, lives=lives)
     coming = deque(sorted(enumerate(arrivals), key=lambda each: each[1].time_s))
-    trace = Trace(
-        clock=Clock.PLANNED, about={"model": "", "dtype": dtype, "device": device.name}, lives=list(lives.values())
-    )
     now_s = 0.0
     while coming or scheduler.has_work:
         while coming and coming[0][1].time_s <= now_s:
-            number, arrival = coming.popleft()
-            longest = arrival.prompt_tokens + arrival.new_tokens
-            scheduler.add(ScheduledRequest(number, [0] * arrival.prompt_tokens, longest, arrival.time_s))
-            lives[number].note(Event.ARRIVED, arrival.time_s)
+            _arrive(scheduler, lives, *coming.popleft())
         batch = scheduler.schedule(now_s)
         if not batch.chunks:
             now_s = coming[0][1].time_s
             continue
-        for number in batch.preempted:
-            lives[number].note(Event.PREEMPTED, now_s)
-        for chunk in batch.chunks:
-            if lives[chunk.request_id].moments[-1][0] in (Event.ARRIVED, Event.PREEMPTED):
-                lives[chunk.request_id].note(Event.STARTED, now_s)
+        _begin(lives, batch, now_s)
         cost = pass_cost(config, batch, DTYPE_BYTES[dtype]).total
         began_s, now_s = now_s, now_s + cost.time_s(device.flops_per_s(dtype), device.bytes_per_s)
-        sizes = [len(chunk.token_ids) for chunk in batch.chunks]
-        kind = Kind.DECODE if all(chunk.start and len(chunk.token_ids) == 1 for chunk in batch.chunks) else Kind.PREFILL
-        ids = tuple(chunk.request_id for chunk in batch.chunks)
-        trace.spans.append(
-            Span(0, kind, kind.value, began_s, now_s, len(trace.spans) + 1, tokens=sum(sizes), request_ids=ids,
-                 flops=cost.flops, memory_bytes=cost.memory_bytes)
-        )  # fmt: skip
-        scheduler.postprocess(batch, [0 if chunk.samples else None for chunk in batch.chunks])
-        for chunk in batch.chunks:
-            if chunk.samples:
-                lives[chunk.request_id].note(Event.TOKEN, now_s)
-                if chunk.end + 1 >= scheduler.requests[chunk.request_id].longest:
-                    lives[chunk.request_id].note(Event.FINISHED, now_s)
-                    scheduler.remove(chunk.request_id)
+        trace.spans.append(_span(batch, cost, began_s, now_s, len(trace.spans) + 1))
+        _end(scheduler, lives, batch, now_s)
     return trace
 
 
+def _arrive(scheduler: Scheduler, lives: list[RequestLife], number: int, arrival: Arrival) -> None:
+    longest = arrival.prompt_tokens + arrival.new_tokens
+    scheduler.add(ScheduledRequest(number, [0] * arrival.prompt_tokens, longest, arrival.time_s))
+    lives[number].note(Event.ARRIVED, arrival.time_s)
+
+
+def _begin(lives: list[RequestLife], batch: Batch, now_s: float) -> None:
+    """Who lost its blocks for this batch, and who starts with it."""
+    for number in batch.preempted:
+        lives[number].note(Event.PREEMPTED, now_s)
+    for chunk in batch.chunks:
+        if lives[chunk.request_id].moments[-1][0] in (Event.ARRIVED, Event.PREEMPTED):
+            lives[chunk.request_id].note(Event.STARTED, now_s)
+
+
+def _span(batch: Batch, cost: Cost, began_s: float, ended_s: float, step: int) -> Span:
+    kind = Kind.PREFILL if any(chunk.is_prefill for chunk in batch.chunks) else Kind.DECODE
+    return Span(
+        0, kind, kind.value, began_s, ended_s, step, tokens=sum(len(chunk.token_ids) for chunk in batch.chunks),
+        request_ids=tuple(chunk.request_id for chunk in batch.chunks), flops=cost.flops, memory_bytes=cost.memory_bytes,
+    )  # fmt: skip
+
+
+def _end(scheduler: Scheduler, lives: list[RequestLife], batch: Batch, now_s: float) -> None:
+    """Every chunk that samples gives a token; requests with their last one leave."""
+    scheduler.postprocess(batch, [0 if chunk.samples else None for chunk in batch.chunks])
+    for chunk in batch.chunks:
+        if chunk.samples:
+            lives[chunk.request_id].note(Event.TOKEN, now_s)
+            if chunk.end + 1 >= scheduler.requests[chunk.request_id].longest:
+                lives[chunk.request_id].note(Event.FINISHED, now_s)
+                scheduler.remove(chunk.request_id)
+
+
 def _blocks(config: ModelConfig, device: Device, dtype: str, options: EngineOptions) -> int:
-    """Blocks that fit into nine tenths of the device's memory beside the weights."""
-    weights = config.parameters * DTYPE_BYTES[dtype]
-    left = 0.9 * device.memory_bytes - weights
-    blocks = int(left // (options.block_size * config.kv_numbers_per_token * DTYPE_BYTES[dtype]))
-    if blocks < 1:
-        raise ValueError(
-            f"the weights take {weights / 1e9:.0f} GB and {device.name} has {device.memory_bytes / 1e9:.0f}: they do not fit"
-        )
-    return blocks
+    """Blocks that fit beside the weights, one at least."""
+    block_bytes = options.block_size * config.kv_numbers_per_token * DTYPE_BYTES[dtype]
+    return max(1, int(cache_room_bytes(config, device, dtype) // block_bytes))

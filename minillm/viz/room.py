@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 
 from minillm.hardware.devices import Device
 from minillm.model.config import DTYPE_BYTES, ModelConfig
+from minillm.model.cost import cache_room_bytes
 from minillm.viz.style import FAINT, GUESS, INK, KV_CACHE, frame, new_figure
 from minillm.viz.words import plain, plain_log, round_ticks
-
-USABLE = 0.9  # of a device's memory
 
 
 def sequences_at_a_time(
@@ -21,15 +20,8 @@ def sequences_at_a_time(
 
     Raises `ValueError` for a model whose weights do not fit.
     """
-    size = DTYPE_BYTES[dtype]
-    left = USABLE * device.memory_bytes - config.parameters * size
-    if left <= 0:
-        raise ValueError(
-            f"the weights take {config.parameters * size / 1e9:.0f} GB and {device.name} has "
-            f"{device.memory_bytes / 1e9:.0f}: they do not fit"
-        )
     places = sum(-(-length // block_size) * block_size for length in lengths) / len(lengths)
-    return left / (places * config.kv_numbers_per_token * size)
+    return cache_room_bytes(config, device, dtype) / (places * config.kv_numbers_per_token * DTYPE_BYTES[dtype])
 
 
 def draw_room(device: Device, config: ModelConfig, dtype: str, lengths: Sequence[int], caption: str) -> Figure:

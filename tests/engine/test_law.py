@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
+from helpers import EXAMPLES, SWITCHES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_checkpoint
@@ -17,17 +17,13 @@ from minillm.engine.request import RequestOutput
 from minillm.kv.paged import PagedCache
 from minillm.policy.batch import Batch, Chunk
 
-EXAMPLES = int(os.environ.get("MINILLM_EXAMPLES", "60"))  # more in `make soak`
 OPTIONS = st.builds(
     EngineOptions,
     block_size=st.sampled_from([1, 2, 5, 16, 64]),
     num_blocks=st.sampled_from([None, 64]),
     max_running=st.integers(1, 6),
     max_step_tokens=st.integers(6, 40),
-    continuous=st.booleans(),
-    chunked_prefill=st.booleans(),
-    preemption=st.booleans(),
-    prefix_reuse=st.booleans(),
+    **SWITCHES,
 )
 SYSTEM = [7, 3, 9, 1, 4, 4, 2, 8, 6, 5, 11, 12]
 PROMPTS = st.builds(

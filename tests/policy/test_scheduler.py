@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import replace
 
 import pytest
+from helpers import EXAMPLES, SWITCHES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,17 +15,13 @@ from minillm.policy.blocks import BlockPool, chain
 from minillm.policy.options import EngineOptions
 from minillm.policy.scheduler import ScheduledRequest, Scheduler, Status
 
-EXAMPLES = int(os.environ.get("MINILLM_EXAMPLES", "60"))  # more in `make soak`
 OPTIONS = st.builds(
     EngineOptions,
     block_size=st.integers(1, 5),
     num_blocks=st.integers(12, 30),
     max_running=st.integers(2, 6),
     max_step_tokens=st.integers(6, 16),
-    continuous=st.booleans(),
-    chunked_prefill=st.booleans(),
-    preemption=st.booleans(),
-    prefix_reuse=st.booleans(),
+    **SWITCHES,
 )
 REQUESTS = st.lists(
     st.tuples(

@@ -122,45 +122,42 @@ def _is_pair(pair: Any) -> bool:
     return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Asking) and type(pair[1]) is int
 
 
-def _drive_schedule(function: Plan, case: Case) -> Outcome:
-    """The engine's scheduler under the learner's plan, with a model that says 0: the longest wait of each request."""
-    budget, seats, work = case.inputs
-    options = EngineOptions(max_step_tokens=budget, max_running=seats)
-    scheduler = HandScheduler(BlockPool(1000), options, function)
+def _play(scheduler: Scheduler, case: Case) -> list[list[int]]:
+    """Serve the case's requests with a model that says 0; returns the steps in which each got its tokens."""
+    work = case.inputs[2]
     for number, (prompt, answer) in enumerate(work):
         scheduler.add(ScheduledRequest(number, [0] * prompt, prompt + answer))
     came: list[list[int]] = [[] for _ in work]
-    steps = 0
+    step = 0
     while scheduler.has_work:
-        steps += 1
-        if steps > MOST_STEPS:
+        step += 1
+        if step > MOST_STEPS:
             raise RuleError(f"after {MOST_STEPS} steps not all requests have ended")
         batch = scheduler.schedule(0.0)
         scheduler.postprocess(batch, [0 if chunk.samples else None for chunk in batch.chunks])
         for chunk in batch.chunks:
             if chunk.samples:
-                came[chunk.request_id].append(steps)
+                came[chunk.request_id].append(step)
                 if len(came[chunk.request_id]) == work[chunk.request_id][1]:
                     scheduler.remove(chunk.request_id)
-    return Outcome([max((b - a for a, b in zip(each, each[1:])), default=1) for each in came], steps)
+    return came
+
+
+def _limits(case: Case) -> EngineOptions:
+    budget, seats, _ = case.inputs
+    return EngineOptions(max_step_tokens=budget, max_running=seats)
+
+
+def _drive_schedule(function: Plan, case: Case) -> Outcome:
+    """The engine's scheduler under the learner's plan: the longest wait of each request, and the steps of all."""
+    came = _play(HandScheduler(BlockPool(1000), _limits(case), function), case)
+    waits = [max((b - a for a, b in zip(each, each[1:])), default=1) for each in came]
+    return Outcome(waits, max(map(max, came)))
 
 
 def _schedule_steps(case: Case) -> int:
     """What decodes first, then prompts begun, then new ones take: the engine's own scheduler."""
-    budget, seats, work = case.inputs
-    scheduler = Scheduler(BlockPool(1000), EngineOptions(max_step_tokens=budget, max_running=seats))
-    for number, (prompt, answer) in enumerate(work):
-        scheduler.add(ScheduledRequest(number, [0] * prompt, prompt + answer))
-    steps = 0
-    while scheduler.has_work:
-        steps += 1
-        batch = scheduler.schedule(0.0)
-        scheduler.postprocess(batch, [0 if chunk.samples else None for chunk in batch.chunks])
-        for chunk in batch.chunks:
-            request = scheduler.requests[chunk.request_id]
-            if len(request.tokens) == request.longest:
-                scheduler.remove(chunk.request_id)
-    return steps
+    return max(map(max, _play(Scheduler(BlockPool(1000), _limits(case)), case)))
 
 
 STATIC_STEPS = Exercise(
