@@ -119,7 +119,7 @@ finding = "A seat that falls empty is taken at once, so the same work ends soone
 shorter.reveal(
     seconds[0] / seconds[1],
     "The empty seats are what is saved, but not in full: with fewer rows a step of a CPU is shorter, "
-    "so an empty seat costs less than a taken one. On a GPU both cost the same, and more is saved.",
+    "so an empty seat costs less than a taken one.",
     draw_seats(runs, finding),
 )
 

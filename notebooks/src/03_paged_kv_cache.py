@@ -278,7 +278,7 @@ WhatIf(draw_what_if, "How many sequences fit beside the weights?", device=["A100
 
 # %% [markdown]
 # Blocks of one token would waste nothing. But tables get long, and a device reads a long run of memory faster than
-# scattered tokens. Most engines settle at 16.
+# scattered tokens. vLLM takes 16 by default.
 #
 # ## Your turn
 #
