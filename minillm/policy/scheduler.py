@@ -29,8 +29,8 @@ class Status(Enum):
 class ScheduledRequest:
     """A request as the scheduler sees it.
 
-    `tokens` is the prompt and what was generated, `longest` the most there can be, `computed` how many are in the cache.
-    `samples` sequences will come of it, by forks; each takes one of the places of a batch.
+    `tokens` is the prompt and what was generated, `longest` the most there can be; `computed` of them are in the cache, and
+    the `in_flight` next ones in batches under way. `samples` sequences will come of it, by forks; each takes one of the places of a batch.
     """
 
     request_id: int
@@ -42,7 +42,7 @@ class ScheduledRequest:
     status: Status = Status.WAITING
     computed: int = 0
     reused: int = 0  # tokens found in the cache when it last started
-    in_flight: bool = False
+    in_flight: int = 0
     table: BlockTable | None = field(default=None, repr=False)
 
     @property
@@ -52,8 +52,8 @@ class ScheduledRequest:
 
     @property
     def remaining(self) -> int:
-        """Tokens not in the cache yet: 1 when it decodes."""
-        return len(self.tokens) - self.computed
+        """Tokens neither in the cache nor under way: 1 when it decodes, 0 when it waits for its next token."""
+        return len(self.tokens) - self.computed - self.in_flight
 
 
 Order = Callable[[ScheduledRequest, float], Any]
@@ -68,12 +68,16 @@ class Scheduler:
     """Requests that wait and run, and the next batch of them.
 
     `order(request, now_s)` is a sort key; the lowest goes first, and the highest is preempted first. A batch that was
-    scheduled is given back by `postprocess`; after an error `recover` takes all back that were under way. Meanwhile `schedule` may be called
-    again; requests in batches under way are left alone until then.
+    scheduled is given back by `postprocess`, in order; after an error `recover` takes all back that were under way.
+    Meanwhile `schedule` may be called again: of requests in batches under way it takes at most the next part of a prompt.
+    `depth` is how many batches are meant to be under way at once; each then holds its share of the requests.
     """
 
-    def __init__(self, pool: BlockPool, options: EngineOptions | None = None, order: Order = first_come) -> None:
+    def __init__(
+        self, pool: BlockPool, options: EngineOptions | None = None, order: Order = first_come, depth: int = 1
+    ) -> None:  # fmt: skip
         self.pool = pool
+        self.depth = depth
         self.options = options or EngineOptions()
         self.order = order
         self.waiting: list[ScheduledRequest] = []
@@ -110,10 +114,10 @@ class Scheduler:
     def schedule(self, now_s: float) -> Batch:
         """The next batch: tokens of decoding requests first, then of prompts begun, then of new ones. Empty if none can run."""
         self.running.sort(key=lambda request: self.order(request, now_s))
-        step = _Step(self.options.max_step_tokens)
-        ready = [request for request in self.running if not request.in_flight]
+        step = _Step(self.options.max_step_tokens, self._share())
+        ready = [request for request in self.running if request.remaining]
         for request in sorted(ready, key=lambda request: request.remaining > 1):  # decodes, then prompts begun
-            if request.status is Status.RUNNING and step.budget > 0:
+            if request.status is Status.RUNNING and step.has_place:
                 self._continue(request, step)
         if not step.preempted and (self.options.continuous or not self.running):
             self._start_new(step, now_s)
@@ -123,11 +127,12 @@ class Scheduler:
         """The batch has run: `tokens` has the next token of each chunk that samples, None for the others."""
         for chunk, token in zip(batch.chunks, tokens, strict=True):
             request = self.requests[chunk.request_id]
-            request.in_flight = False
-            if request.status is Status.GONE:
-                self._let_go(request)
-                continue
+            request.in_flight -= len(chunk.token_ids)
             request.computed = chunk.end
+            if request.status is Status.GONE:
+                if not request.in_flight:
+                    self._let_go(request)
+                continue
             assert request.table is not None
             request.table.remember(request.tokens, request.computed)
             if chunk.samples:
@@ -138,7 +143,7 @@ class Scheduler:
         """No batch that is under way will come back: its requests start again. Returns their ids."""
         lost = [request for request in self.requests.values() if request.in_flight]
         for request in lost:
-            request.in_flight = False
+            request.in_flight = 0
             if request.status is Status.GONE:
                 self._let_go(request)
             elif request.status is Status.RUNNING:
@@ -157,7 +162,7 @@ class Scheduler:
         self.running.append(twin)
 
     def remove(self, request_id: int) -> None:
-        """A request has finished or is cancelled: its blocks are free at once, or when its batch under way comes back."""
+        """A request has finished or is cancelled: its blocks are free at once, or when its batches under way are back."""
         request = self.requests[request_id]
         request.status = Status.GONE
         if not request.in_flight:
@@ -168,12 +173,19 @@ class Scheduler:
         """Whether a request waits or runs."""
         return bool(self.requests)
 
+    def _share(self) -> int:
+        """The most requests of one batch: all, or when several batches are to be under way, an equal part for each."""
+        if self.depth == 1 or not self.options.continuous:
+            return self.options.max_running
+        return -(-min(self.options.max_running, len(self.running) + len(self.waiting)) // self.depth)
+
     def _continue(self, request: ScheduledRequest, step: _Step) -> None:
         """Give a running request its next tokens, if there are blocks for them."""
         count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
         table = request.table
         assert table is not None
-        while table.missing(request.computed, request.computed + count) > self.pool.num_free:
+        start = request.computed + request.in_flight
+        while table.missing(start, start + count) > self.pool.num_free:
             victim = self._victim()
             if victim is None or (victim is request and request.remaining > 1 and step.chunks):
                 return  # a prompt begun waits for those that decode, and keeps what it has
@@ -186,7 +198,7 @@ class Scheduler:
     def _start_new(self, step: _Step, now_s: float) -> None:
         """Start waiting requests in order until one does not fit."""
         self.waiting.sort(key=lambda request: self.order(request, now_s))
-        while self.waiting and (step.budget > 0 or not self.options.continuous):
+        while self.waiting and (step.has_place or not self.options.continuous):
             request = self.waiting[0]
             if sum(each.samples for each in self.running) + request.samples > self.options.max_running:
                 return
@@ -216,8 +228,8 @@ class Scheduler:
         return self.pool.blocks_for(len(request.tokens) if self.options.preemption else request.most_cached)
 
     def _victim(self) -> ScheduledRequest | None:
-        """The last in order of those that are in no batch."""
-        return next((request for request in reversed(self.running) if not request.in_flight), None)
+        """The last in order, unless it is in a batch under way: then its turn comes when it is back."""
+        return self.running[-1] if not self.running[-1].in_flight else None
 
     def _preempt(self, request: ScheduledRequest) -> None:
         """Take a request's blocks; it will be computed again (recomputation, vLLM section 4.5)."""
@@ -239,20 +251,26 @@ class Scheduler:
 class _Step:
     """A batch being put together."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, places: int) -> None:
+        self.budget, self.places = budget, places
         self.chunks: list[Chunk] = []
         self.copies: list[tuple[int, int]] = []
         self.preempted: list[int] = []
         self.has_prompt = False
 
+    @property
+    def has_place(self) -> bool:
+        """Whether another request fits."""
+        return self.budget > 0 and len(self.chunks) < self.places
+
     def take(self, request: ScheduledRequest, count: int) -> None:
         """Put a request's next tokens into the batch."""
-        start, end = request.computed, request.computed + count
+        start = request.computed + request.in_flight
+        end = start + count
         assert request.table is not None
         self.copies += request.table.write(start, end)
         tokens, table = tuple(request.tokens[start:end]), tuple(request.table.blocks)
         self.chunks.append(Chunk(request.request_id, start, tokens, table, samples=end == len(request.tokens)))
-        request.in_flight = True
+        request.in_flight += count
         self.budget -= count
         self.has_prompt |= count > 1

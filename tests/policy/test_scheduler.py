@@ -47,7 +47,7 @@ class Machine:
     def __init__(self, options: EngineOptions, depth: int) -> None:
         assert options.num_blocks is not None
         self.pool = BlockPool(options.num_blocks, options.block_size, options.prefix_reuse)
-        self.scheduler = Scheduler(self.pool, options)
+        self.scheduler = Scheduler(self.pool, options, depth=depth)
         self.options, self.depth = options, depth
         self.memory: dict[tuple[int, int], int] = {}
         self.under_way: deque[tuple[Batch, list[int | None]]] = deque()
@@ -78,11 +78,15 @@ class Machine:
         self.under_way.append((batch, tokens))
 
     def check(self, batch: Batch) -> None:
-        """The limits hold, no request is in two batches, and decodes come first."""
+        """The limits hold, and of a request only the next part of its prompt may follow another chunk under way."""
         sizes = [len(chunk.token_ids) for chunk in batch.chunks]
         assert len({chunk.request_id for chunk in batch.chunks}) == len(batch.chunks) <= self.options.max_running
-        busy = {chunk.request_id for other, _ in self.under_way for chunk in other.chunks}
-        assert not busy & {chunk.request_id for chunk in batch.chunks}
+        latest = {chunk.request_id: chunk for other, _ in self.under_way for chunk in other.chunks}
+        for chunk in batch.chunks:
+            before = latest.get(chunk.request_id)
+            assert before is None or (before.end == chunk.start and not before.samples)
+        if self.depth > 1 and self.options.continuous:
+            assert len(sizes) <= -(-self.options.max_running // self.depth)
         if self.options.chunked_prefill or sum(size > 1 for size in sizes) > 1:
             assert sum(sizes) <= self.options.max_step_tokens
         assert sum(each.samples for each in self.scheduler.running) <= self.options.max_running

@@ -90,7 +90,7 @@ class HandScheduler(Scheduler):
             copies += request.table.write(start, end)
             table, ids = tuple(request.table.blocks), tuple(request.tokens[start:end])
             chunks.append(Chunk(request.request_id, start, ids, table, samples=end == len(request.tokens)))
-            request.in_flight = True
+            request.in_flight += tokens
         return Batch(tuple(chunks), tuple(copies))
 
     def _checked(self, plan: Any, known: list[Asking]) -> list[tuple[Asking, int]]:
