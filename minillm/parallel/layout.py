@@ -6,11 +6,11 @@ rank = ((dp · PP + pp) · CP + cp) · TP + tp. The file knows no tensors and no
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from minillm.model.config import ModelConfig
 
-_NAMES = {
+AXES = {
     "dp": "data parallel replicas",
     "pp": "pipeline stages",
     "cp": "context parallel ranks",
@@ -23,7 +23,8 @@ _NAMES = {
 class Layout:
     """Ranks along each axis: data (dp), pipeline (pp), context (cp), tensor (tp); experts (ep) lie over dp · tp.
 
-    Raises `ValueError` for a size below 1, and for an ep that is neither 1 nor dp · tp.
+    `stages` says how many layers each pipeline stage has; left out, they are as even as can be. Raises `ValueError` for a
+    size below 1, a stage without layers, and an ep that is neither 1 nor dp · tp.
     """
 
     dp: int = 1
@@ -31,12 +32,18 @@ class Layout:
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for axis in fields(self):
-            size = getattr(self, axis.name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"layout: {axis.name}={size!r}; give a whole number of {_NAMES[axis.name]} from 1")
+        for axis, meaning in AXES.items():
+            size = getattr(self, axis)
+            if not _is_size(size):
+                raise ValueError(f"layout: {axis}={size!r}; give a whole number of {meaning} from 1")
+        if self.stages and len(self.stages) != self.pp:
+            raise ValueError(f"layout: pp={self.pp} stages, but stages={self.stages!r} are {len(self.stages)}")
+        for stage, layers in enumerate(self.stages):
+            if not _is_size(layers):
+                raise ValueError(f"layout: stage {stage} has {layers!r} layers; give every stage at least one")
         if self.ep not in (1, self.dp * self.tp):
             raise ValueError(
                 f"layout: ep={self.ep} must be 1 or dp·tp = {self.dp * self.tp}; type ep={self.dp * self.tp} or leave it out"
@@ -44,28 +51,37 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
-        """Read "tp=2,pp=2"; the empty text is one device. Raises `ValueError` that says what is allowed."""
+        """Read "tp=2,pp=2" or, with the layers of each stage, "pp=9+9+12"; the empty text is one device.
+
+        Raises `ValueError` that says what is allowed.
+        """
         if isinstance(text, Layout):
             return text
         if not isinstance(text, str):
             raise ValueError(f"layout={text!r}: give a text such as 'tp=2,pp=2', or '' for one device")
         sizes: dict[str, int] = {}
+        stages: tuple[int, ...] = ()
         for part in filter(None, (part.strip() for part in text.split(","))):
-            found = re.fullmatch(r"(\w+)\s*=\s*(\d+)", part)
-            if not found or found[1] not in _NAMES:
+            found = re.fullmatch(r"(\w+)\s*=\s*(\d+)|pp\s*=\s*(\d+(?:\s*\+\s*\d+)+)", part)
+            axis = (found[1] or "pp") if found else ""
+            if not found or axis not in AXES:
                 raise ValueError(
-                    f"layout {text!r}: {part!r} is not understood; write axes of {', '.join(_NAMES)} such as 'tp=2,pp=2'"
+                    f"layout {text!r}: {part!r} is not understood; write axes of {', '.join(AXES)} such as 'tp=2,pp=2', or "
+                    f"the layers of each stage, 'pp=9+9+12'"
                 )
-            if found[1] in sizes:
-                raise ValueError(f"layout {text!r}: {found[1]} stands twice")
-            sizes[found[1]] = int(found[2])
-        return cls(**sizes)
+            if axis in sizes:
+                raise ValueError(f"layout {text!r}: {axis} stands twice")
+            if found[3]:
+                stages = tuple(int(layers) for layers in found[3].split("+"))
+            sizes[axis] = len(stages) if found[3] else int(found[2])
+        return cls(**sizes, stages=stages)
 
     def __str__(self) -> str:
         """The text form, without the axes of size 1."""
-        return ",".join(
-            f"{axis.name}={getattr(self, axis.name)}" for axis in fields(self) if getattr(self, axis.name) > 1
-        )
+        sizes = {axis: str(getattr(self, axis)) for axis in AXES}
+        if self.stages:
+            sizes["pp"] = "+".join(map(str, self.stages))
+        return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != "1" and getattr(self, axis) > 1)
 
     @property
     def world_size(self) -> int:
@@ -81,10 +97,28 @@ class Layout:
         dp, pp = divmod(rest, self.pp)
         return {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
 
+    def along(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` in their place on this axis alone, itself among them, in order."""
+        here = self.coordinates(rank)
+        line = [other for other in range(self.world_size) if {**self.coordinates(other), axis: 0} == {**here, axis: 0}]
+        return tuple(line)
+
+    def layers(self, total: int, stage: int) -> range:
+        """The decoder layers of a pipeline stage, of `total` layers."""
+        if not self.stages:
+            return share(total, self.pp, stage)
+        begin = sum(self.stages[:stage])
+        return range(begin, begin + self.stages[stage])
+
     def check(self, config: ModelConfig) -> None:
         """Raise `ValueError` when the model cannot be cut so, naming the number that does not fit and the nearest that do."""
         if self.pp > config.layers:
             self._refuse("pp", f"{config.layers} layers", config.layers)
+        if self.stages and sum(self.stages) != config.layers:
+            raise ValueError(
+                f"layout {str(self)!r}: its stages have {sum(self.stages)} layers, but the model has {config.layers}; the "
+                f"nearest that fits is {str(replace(self, stages=self._stretched(config.layers)))!r}"
+            )
         if self.tp > config.heads:
             self._refuse("tp", f"{config.heads} query heads", config.heads)
         if self.tp > config.intermediate_size:
@@ -94,8 +128,27 @@ class Layout:
                 f"layout {str(self)!r}: ep={self.ep} needs a mixture of experts; this {config.family} model is dense"
             )
 
+    def _stretched(self, layers: int) -> tuple[int, ...]:
+        """The stages with `layers` layers in all: the last take what is missing or too much."""
+        stages, rest = list(self.stages), layers - sum(self.stages)
+        for stage in reversed(range(self.pp)):
+            taken = max(rest, 1 - stages[stage])
+            stages[stage], rest = stages[stage] + taken, rest - taken
+        return tuple(stages)
+
     def _refuse(self, axis: str, what: str, most: int) -> None:
-        nearest = str(replace(self, ep=1, **{axis: most}))
+        nearest = str(replace(self, ep=1, stages=(), **{axis: most}))
         raise ValueError(
             f"layout {str(self)!r}: {axis}={getattr(self, axis)} does not fit {what}; the nearest that fits is {nearest!r}"
         )
+
+
+def share(total: int, parts: int, index: int) -> range:
+    """The `index`-th of `parts` consecutive shares of `total` things; the first shares take the remainder."""
+    base, rest = divmod(total, parts)
+    begin = index * base + min(index, rest)
+    return range(begin, begin + base + (index < rest))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -8,14 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minillm.model.config import ModelConfig
-from minillm.parallel.layout import Layout
-
-
-def share(total: int, parts: int, index: int) -> range:
-    """The `index`-th of `parts` consecutive shares of `total` things; the first shares take the remainder."""
-    base, rest = divmod(total, parts)
-    begin = index * base + min(index, rest)
-    return range(begin, begin + base + (index < rest))
+from minillm.parallel.layout import Layout, share
 
 
 @dataclass(frozen=True)
@@ -29,7 +22,7 @@ class Shard:
     @property
     def layers(self) -> range:
         """The decoder layers of this rank's pipeline stage."""
-        return share(self.config.layers, self.layout.pp, self._at("pp"))
+        return self.layout.layers(self.config.layers, self._at("pp"))
 
     @property
     def kv_heads(self) -> range:

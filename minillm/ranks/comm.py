@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from minillm.ranks.backend import Backend
-from minillm.ranks.board import Board, Operation
+from minillm.ranks.board import Board, Operation, State
+from minillm.ranks.transfers import Follower, Transfer
 from minillm.ranks.watch import caller, p2p_channels, shape_of, wait_for_device
 
 
@@ -31,7 +32,7 @@ class Count:
 class Comm:
     """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
 
-    Every method is blocking and must be called by all members alike, except `send` and `recv`. Peers and roots are
+    Every method but `isend` and `irecv` is blocking, and must be called by all members alike, except `send`, `recv`, `isend` and `irecv`. Peers and roots are
     numbered within the group. `counts` maps the operation's name to its `Count`.
     """
 
@@ -42,6 +43,7 @@ class Comm:
     backend: Backend
     group: Any = None  # torch process group; None for a group of one
     counts: dict[str, Count] = field(default_factory=dict)
+    _followers: dict[tuple[str, int], Follower] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -126,6 +128,35 @@ class Comm:
         wait_for_device()
         self.board.leave(number)
         return self._unstage(buffer, tensor)
+
+    def isend(self, tensor: torch.Tensor, to: int, tag: int = 0) -> Transfer:
+        """Start to send `tensor`, and return at once; leave it unchanged until the transfer is over."""
+        self._check_peer(to, "to")
+        mine, theirs = p2p_channels(self.name, self.members[self.rank], self.members[to], tag)
+        operation = Operation("isend", shape_of(tensor), mine, theirs, (self.members[to],), caller())
+        self._count("send", tensor)
+        buffer = self._stage(tensor)
+        _, index = self.board.enter(operation, State.ISSUED)
+        work = self.group.send([buffer], to, tag)
+        return self._follow(Transfer(operation, index, self.board, buffer, work, lambda: tensor), "send", to)
+
+    def irecv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> Transfer:
+        """Start to receive into `tensor`, and return at once; the transfer's `wait` returns it filled."""
+        self._check_peer(source, "source")
+        theirs, mine = p2p_channels(self.name, self.members[source], self.members[self.rank], tag)
+        operation = Operation("irecv", shape_of(tensor), mine, theirs, (self.members[source],), caller())
+        self._count("recv", None)
+        buffer = self._stage(tensor)
+        _, index = self.board.enter(operation, State.ISSUED)
+        work = self.group.recv([buffer], source, tag)
+        finish = lambda: self._unstage(buffer, tensor)  # noqa: E731
+        return self._follow(Transfer(operation, index, self.board, buffer, work, finish), "recv", source)
+
+    def _follow(self, transfer: Transfer, direction: str, peer: int) -> Transfer:
+        """Have it followed by the thread of this direction and peer."""
+        if (direction, peer) not in self._followers:
+            self._followers[direction, peer] = Follower(transfer.buffer.device)
+        return self._followers[direction, peer].take(transfer)
 
     def _run(
         self, name: str, agreed: torch.Tensor | None, sent: torch.Tensor | None, start: Any, extra: str = ""

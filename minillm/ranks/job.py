@@ -28,6 +28,7 @@ from minillm.ranks.diagnosis import (
 from minillm.ranks.errors import Fault, RankError, Stopped, Verdict
 from minillm.ranks.inquiry import Inquiry
 from minillm.ranks.process import RankProcess
+from minillm.ranks.signals import uninterrupted
 from minillm.ranks.state import Life, Rank
 from minillm.ranks.streams import print_lines
 
@@ -74,13 +75,26 @@ class Job:
     def finish(self) -> list[Any]:
         """Wait for every rank; returns the results or raises."""
         try:
-            while any(rank.life is Life.RUNNING for rank in self.ranks):
-                self._listen()
-                verdict = self._look() if time.monotonic() - self.looked_at > POLL_S else None
-                if verdict is not None:
-                    self._raise(verdict)
+            while not self.over:
+                self.turn(POLL_S)
         except KeyboardInterrupt:
             self._interrupted()
+        return self.conclude()
+
+    @property
+    def over(self) -> bool:
+        """Whether every rank has returned, raised or died."""
+        return all(rank.life is not Life.RUNNING for rank in self.ranks)
+
+    def turn(self, timeout_s: float) -> None:
+        """Take what the ranks have sent, waiting for at most `timeout_s`; raise once they cannot go on."""
+        self._listen(timeout_s)
+        verdict = self._look() if time.monotonic() - self.looked_at > POLL_S else None
+        if verdict is not None:
+            self._raise(verdict)
+
+    def conclude(self) -> list[Any]:
+        """When all is over: the results, or the error."""
         for rank in self.ranks:
             self._read(rank)
         verdict = find_fault(self.ranks) or find_lost_connection(self.ranks) or find_leftover(self.ranks)
@@ -100,17 +114,17 @@ class Job:
     def _read(self, rank: Rank) -> None:
         rank.view = board.read(self.processes[rank.number].board, self.since[rank.number])
 
-    def _listen(self) -> None:
-        """Take what the ranks have sent, for at most one poll."""
+    def _listen(self, timeout_s: float) -> None:
+        """Take what the ranks have sent, one message of each, and wait for it at most so long."""
         sources: dict[Any, Rank] = {}
         for rank in self.ranks:
             if rank.life is Life.RUNNING:
                 process = self.processes[rank.number]
                 sources |= {process.calls: rank, process.process.sentinel: rank}
-        for rank in {
-            sources[source].number: sources[source] for source in wait(list(sources), timeout=POLL_S)
-        }.values():
-            self._receive(rank)
+        ready = {sources[source].number: sources[source] for source in wait(list(sources), timeout_s)}
+        for rank in ready.values():
+            with uninterrupted():
+                self._receive(rank)
 
     def _receive(self, rank: Rank) -> None:
         """Take one message; a process that ended without one has died."""

@@ -36,32 +36,42 @@ class RankContext:
     local: bool = True  # all ranks on one host
     limit: timedelta = FOR_EVER  # of the transport's own patience
     send_event: Callable[[Any], None] = lambda event: None
+    take_posts: Callable[[float], None] = lambda timeout_s: None
+    posts: list[Any] = field(default_factory=list)
     namespace: dict[str, Any] = field(default_factory=dict)
     _comms: dict[str, Comm] = field(default_factory=dict)
 
-    def comm(self, members: tuple[int, ...] | None = None, name: str | None = None) -> Comm:
+    def comm(self, members: tuple[int, ...] | None = None, name: str | None = None, host: bool = False) -> Comm:
         """The engine's collectives over `members` (global ranks in group order; all of them by default).
 
-        All members must ask for it, with the same name. Made on first use and kept.
+        All members must ask for it, with the same name. Made on first use and kept. With `host` it carries tensors in
+        host memory, by gloo, whatever the ranks compute on.
         """
         members = tuple(range(self.world_size)) if members is None else tuple(members)
         if self.rank not in members:
             raise ValueError(f"rank {self.rank} is not among the members {list(members)} of this group")
-        name = name or "-".join(map(str, members))
+        name = name or "-".join(map(str, members)) + " host" * host
         if name not in self._comms:
             place = members.index(self.rank)
             store = dist.PrefixStore(f"comm/{name}", self.store)
             meeting = Operation("comm", f"named {name}", f"make {name}", "", members, caller())
             number, _ = self.board.enter(meeting)
-            group = make_group(store, place, len(members), self.backend, self.local, self.limit)
+            backend = Backend("gloo", "cpu", 0) if host else self.backend
+            group = make_group(store, place, len(members), backend, self.local, self.limit)
             self.board.leave(number)
-            self._comms[name] = Comm(name, members, place, self.board, self.backend, group)
+            self._comms[name] = Comm(name, members, place, self.board, backend, group)
         return self._comms[name]
 
     def emit(self, event: Any) -> None:
         """Send something to the `on_event=` of the call that runs here, while it runs."""
         self.board.tick()
         self.send_event(event)
+
+    def posted(self, timeout_s: float = 0.0) -> list[Any]:
+        """What the launching process has posted to this rank and was not taken yet; waits for it at most so long."""
+        self.take_posts(timeout_s)
+        taken, self.posts[:] = list(self.posts), []
+        return taken
 
     def tick(self) -> None:
         """Say that this rank is getting on with long work, so that ranks waiting for it keep waiting."""

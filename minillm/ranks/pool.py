@@ -8,7 +8,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from minillm.hardware.machine import usable_cores
 from minillm.ranks.backend import Backend, choose_backend
+from minillm.ranks.call import Call
 from minillm.ranks.errors import RankError
 from minillm.ranks.job import Job
 from minillm.ranks.places import cell_sources, remember_cells
@@ -77,14 +78,21 @@ class Ranks:
         A call that takes longer than `limit_s` is ended, even when no rank waits for another.
         Raises `RankError` when a rank fails or the ranks cannot go on, and `KeyboardInterrupt` when stopped.
         """
-        if not callable(fn):
-            raise ValueError(f"run takes a function, not a {type(fn).__name__}: write ranks.run(function, arguments …)")
         if limit_s is not None and not (isinstance(limit_s, (int, float)) and limit_s > 0):
             raise ValueError(f"limit_s={limit_s!r}: give a number of seconds above 0")
-        payload = cloudpickle.dumps((fn, args, kwargs))
-        code = getattr(fn, "__code__", None)
-        sources = cell_sources({code.co_filename} if code else set())
-        return self._call(("call", payload, sources), on_event, stream, limit_s)
+        return self._call(_message(fn, args, kwargs), on_event, stream, limit_s)
+
+    def begin(
+        self, fn: Callable[..., Any], *args: Any, on_event: Callable[[int, Any], None] | None = None, **kwargs: Any
+    ) -> Call:
+        """Start `fn(*args, **kwargs)` on every rank and return at once; the call's `poll` and `result` take what comes.
+
+        Meanwhile the ranks take no other call. Raises `RankError` when they cannot start.
+        """
+        with ExitStack() as held:
+            held.enter_context(self._alone())
+            job = self._send(_message(fn, args, kwargs), on_event, stream=True)
+            return Call(job, held.pop_all())
 
     def run_cell(self, source: str, filename: str = "<ranks cell>", stream: bool = False) -> list[Any]:
         """Run source text on every rank, in a namespace that persists there; returns each one's last expression.
@@ -150,10 +158,19 @@ class Ranks:
         limit_s: float | None = None,
     ) -> list[Any]:
         with self._alone():
-            self._start()
-            job = Job(self._processes, self.timeout_s, on_event, stream, limit_s)
-            job.send(message)
-            return job.finish()
+            return self._send(message, on_event, stream, limit_s).finish()
+
+    def _send(
+        self,
+        message: tuple[Any, ...],
+        on_event: Callable[[int, Any], None] | None,
+        stream: bool,
+        limit_s: float | None = None,
+    ) -> Job:
+        self._start()
+        job = Job(self._processes, self.timeout_s, on_event, stream, limit_s)
+        job.send(message)
+        return job
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -169,6 +186,15 @@ class Ranks:
             raise
         finally:
             self._lock.release()
+
+
+def _message(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a rank gets to run a function. Raises `ValueError` for what is none."""
+    if not callable(fn):
+        raise ValueError(f"run takes a function, not a {type(fn).__name__}: write ranks.run(function, arguments …)")
+    code = getattr(fn, "__code__", None)
+    sources = cell_sources({code.co_filename} if code else set())
+    return "call", cloudpickle.dumps((fn, args, kwargs)), sources
 
 
 def _local_store() -> dist.TCPStore:

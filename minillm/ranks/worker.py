@@ -79,7 +79,7 @@ class Channel:
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._lock = pipe, threading.Lock()
-        self.recv = pipe.recv
+        self.recv, self.poll = pipe.recv, pipe.poll
 
     def send(self, message: Any) -> None:
         """Send one message whole."""
@@ -130,6 +130,7 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
         calls.send(("raised", _failure(error)))
         return
     here.send_event = lambda event: calls.send(("event", dumps(event)))
+    here.take_posts = lambda timeout_s: _take_posts(here, calls, timeout_s)
     here.namespace.update(
         rank=here.rank, world_size=here.world_size, device=here.device, torch=torch, dist=dist, context=context
     )
@@ -159,6 +160,9 @@ def _one_call(here: RankContext, calls: Channel, streams: tuple[_Lines, _Lines])
         return False
     if message[0] == "leave":
         return False
+    if message[0] == "post":  # for the next call
+        here.posts.append(cloudpickle.loads(message[1]))
+        return True
     kind, payload, sources = message
     remember_cells(sources)
     reply: tuple[str, Any]
@@ -178,6 +182,13 @@ def _one_call(here: RankContext, calls: Channel, streams: tuple[_Lines, _Lines])
         stream.finish()
     calls.send(reply)
     return dist.is_initialized()
+
+
+def _take_posts(here: RankContext, calls: Channel, timeout_s: float) -> None:
+    """Read what was posted, within a call; wait for at most `timeout_s` when there is nothing."""
+    while calls.poll(0.0 if here.posts else timeout_s):
+        _, payload = calls.recv()
+        here.posts.append(cloudpickle.loads(payload))
 
 
 def _returned(value: Any) -> tuple[str, Any]:

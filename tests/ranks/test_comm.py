@@ -92,3 +92,53 @@ def test_splits_that_do_not_fit(ranks2: Ranks) -> None:
 def test_context_outside_a_rank() -> None:
     with pytest.raises(RuntimeError, match="this process is no rank"):
         context()
+
+
+def test_messages_go_while_the_rank_goes_on(ranks4: Ranks) -> None:
+    """Round the ring, all sends and receives started before any is waited for; `done` needs no wait."""
+
+    def job() -> tuple[float, bool, bool]:
+        comm = context().comm(name="ring", host=True)
+        after, before = (comm.rank + 1) % 4, (comm.rank - 1) % 4
+        coming = [comm.irecv(torch.zeros(1000), before) for _ in range(3)]
+        going = [comm.isend(torch.full((1000,), float(comm.rank + 10 * n)), after) for n in range(3)]
+        got = sum(transfer.wait()[-1].item() for transfer in coming)
+        for transfer in going:
+            transfer.wait()
+        ended = [transfer.ended_s for transfer in coming]
+        return got, all(transfer.done for transfer in coming + going), ended == sorted(ended)
+
+    assert ranks4.run(job) == [(30.0 + 3 * ((rank - 1) % 4), True, True) for rank in range(4)]
+
+
+def test_a_call_under_way_takes_posts(ranks4: Ranks) -> None:
+    """What is posted reaches its rank within the call, or in the next one; other calls are refused meanwhile."""
+
+    def echo() -> list[str]:
+        got: list[str] = []
+        while "end" not in got:
+            got += context().posted(timeout_s=5.0 if context().rank == 2 else 0.0)
+            if context().rank != 2:
+                return got
+        context().emit(len(got))
+        return got
+
+    events: list[tuple[int, int]] = []
+    call = ranks4.begin(echo, on_event=lambda rank, event: events.append((rank, event)))
+    assert not call.poll(0.0)
+    with pytest.raises(RuntimeError, match="busy with another call"):
+        ranks4.run(echo)
+    for word in ("a", "b", "end"):
+        call.post(2, word)
+    assert call.result() == [[], [], ["a", "b", "end"], []]
+    assert events == [(2, 3)]
+    call.post(1, "late")
+    assert ranks4.run(lambda: context().posted())[1] == ["late"]
+
+
+def test_a_call_under_way_fails_as_any_other(ranks4: Ranks) -> None:
+    call = ranks4.begin(lambda: 1 // context().rank)
+    with pytest.raises(RankError, match="ZeroDivisionError"):
+        call.result()
+    assert call.over
+    assert ranks4.run(lambda: 1) == [1] * 4

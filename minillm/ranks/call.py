@@ -1,0 +1,60 @@
+"""A call that is under way on all ranks, while the launching process goes on with its own work."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import cloudpickle
+
+from minillm.ranks.job import Job
+
+
+class Call:
+    """What `Ranks.begin` returns. Its ranks are busy until `poll` says that it is over.
+
+    An interrupt while it polls leaves the call as it is.
+    """
+
+    def __init__(self, job: Job, ranks_held: ExitStack) -> None:
+        self._job, self._ranks_held = job, ranks_held
+        self.over = False
+
+    def post(self, rank: int, message: Any) -> None:
+        """Send something to one rank, which finds it with `context().posted()`, in this call or in the next one.
+
+        Does nothing for a rank that is gone; `poll` tells.
+        """
+        try:
+            self._job.processes[rank].calls.send(("post", cloudpickle.dumps(message)))
+        except (BrokenPipeError, ConnectionError):
+            pass
+
+    def poll(self, timeout_s: float = 0.0) -> bool:
+        """Take what the ranks have sent, waiting for at most `timeout_s` when there is nothing; returns `over`.
+
+        Raises `RankError` when a rank fails or the ranks cannot go on, and the call is over.
+        """
+        if self.over:
+            return True
+        try:
+            self._job.turn(timeout_s)
+            if self._job.over:
+                self.results = self._job.conclude()
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self.over = True
+            if not self._ranks_held.__exit__(*sys.exc_info()):
+                raise
+        if self._job.over:
+            self.over = True
+            self._ranks_held.close()
+        return self.over
+
+    def result(self) -> list[Any]:
+        """Wait for every rank; returns what each returned, in rank order. Raises as `poll` does."""
+        while not self.poll(1.0):
+            pass
+        return self.results
