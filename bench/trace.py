@@ -13,6 +13,7 @@ from harness import ratio, save, side_by_side, summary, timed
 
 from minillm import LLM, SamplingParams
 from minillm.engine.engine import Engine
+from minillm.engine.runner import LocalRunner, step_span
 from minillm.trace.recorder import Recorder
 
 ROUNDS, STEPS = 15, 24
@@ -20,7 +21,7 @@ ROUNDS, STEPS = 15, 24
 
 def prefilled(llm: LLM, count: int, params: SamplingParams, timing: bool) -> Engine:
     """An engine in which `count` requests decode."""
-    engine = Engine(llm.model, llm.options, Recorder(timing=timing))
+    engine = Engine(LocalRunner(llm.model, llm.options), llm.options, Recorder(timing=timing))
     requests = llm.prepare([[5] * 64] * count, params)
     for number, request in enumerate(requests):
         request.scheduled.request_id = number
@@ -45,11 +46,11 @@ def decode_step(llm: LLM, count: int, timing: bool) -> Any:
 def recording_alone(llm: LLM, count: int) -> float:
     """Seconds that one step's span takes by itself, its formulas included."""
     engine = prefilled(llm, count, SamplingParams(max_tokens=9), True)
-    batch = engine.schedule()
+    work, runner = engine.schedule(), engine.runner
 
     def job() -> None:
         for _ in range(1000):
-            with engine._span(batch):
+            with step_span(runner.recorder, llm.config, work, llm.model.dtype):
                 pass
 
     return statistics.median(timed(job) for _ in range(5)) / 1000

@@ -14,6 +14,7 @@ import torch
 from minillm.engine.engine import Engine
 from minillm.engine.intake import Intake, Prompt
 from minillm.engine.request import Piece, Request, RequestOutput, number, with_twins
+from minillm.engine.runner import LocalRunner
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
 from minillm.model.config import DTYPE_BYTES, read_config
@@ -83,7 +84,7 @@ class LLM:
         requests = self.prepare(prompts, params)
         recorder = self._new_recorder(activations=True)
         with one_thread():
-            engine = Engine(self.model, self.options, recorder)
+            engine = Engine(LocalRunner(self.model, self.options), self.options, recorder)
             number(requests, 0)
             engine.add(requests)
             for _ in engine.run():
@@ -103,7 +104,7 @@ class LLM:
     ) -> list[Request]:
         """Requests for `submit`, checked: raises `ValueError` for what `generate` refuses. Their `inbox` is shared."""
         self._check_open()
-        return self.intake.requests(prompts, params, self.engine.scheduler)
+        return self.intake.requests(prompts, params, self.engine)
 
     def submit(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
         """Let prepared requests wait, and return at once; `step` then serves them, and their `inbox` gets what they give.
@@ -117,7 +118,7 @@ class LLM:
         """What happens from now on goes into a new `trace`."""
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
-        if not self.engine.scheduler.has_work:
+        if not self.engine.has_work:
             self.next_id = 0
         self.engine.record(recorder)
 
@@ -180,13 +181,13 @@ class LLM:
         self._check_open()
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
-        return Engine(self.model, self.options, recorder)
+        return Engine(LocalRunner(self.model, self.options), self.options, recorder)
 
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
         """Yield what the requests give; the steps serve all others too."""
         inbox = requests[0].inbox
         try:
-            if not self.engine.scheduler.has_work:
+            if not self.engine.has_work:
                 self.new_trace()
             self.submit(requests)
             while True:

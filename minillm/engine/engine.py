@@ -1,54 +1,60 @@
-"""The loop of the engine: schedule, run, postprocess. It serves many requests at once on one decoder.
+"""The loop of the engine: schedule, run, postprocess. It serves many requests at once.
 
 What goes into a step is decided in `policy/scheduler.py`; where K and V lie, in `policy/blocks.py`. The engine knows
-tokens and requests, and nothing of texts beyond the stop strings. One thread at a time may use it.
+tokens and requests, and nothing of texts beyond the stop strings, nor of how its runner computes. One thread at a time
+may use it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-
-import torch
 
 from minillm.engine.request import Piece, Request, with_twins
-from minillm.kv.paged import PagedCache
-from minillm.model.cost import pass_cost
-from minillm.model.decoder import Decoder
-from minillm.model.sampling import sample
-from minillm.policy.batch import Batch
+from minillm.engine.runner import Runner, Work
+from minillm.model.sampling import Draw
+from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import Order, Scheduler, first_come
-from minillm.trace.allocations import peak_of
+from minillm.policy.scheduler import Order, ScheduledRequest, Scheduler, first_come
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
-from minillm.trace.trace import Category, Kind
-
-CPU_CACHE_BYTES = 2**30
-GPU_CACHE_SHARE = 0.8
 
 
 class Engine:
-    """Runs requests on one decoder. `recorder` gets a span for each step, and the memory that the run holds."""
+    """Runs requests on a runner. `recorder` gets a span for each step, and the memory that the run holds."""
 
     def __init__(
-        self, model: Decoder, options: EngineOptions, recorder: Recorder, order: Order = first_come
+        self, runner: Runner, options: EngineOptions, recorder: Recorder, order: Order = first_come
     ) -> None:  # fmt: skip
-        self.model = model
+        self.runner = runner
         self.options = options
-        blocks = options.num_blocks or default_num_blocks(model, options)
-        self.scheduler = Scheduler(BlockPool(blocks, options.block_size, options.prefix_reuse), options, order)
-        self.cache = PagedCache(model.config, blocks, options.block_size, model.device, model.dtype)
+        pool = BlockPool(runner.num_blocks, options.block_size, options.prefix_reuse)
+        self.scheduler = Scheduler(pool, options, order, runner.depth)
         self.requests: dict[int, Request] = {}
-        self.failed: frozenset[int] = frozenset()  # who was in the last step that ended in an error
+        self.under_way: deque[Work] = deque()
+        self.failed: frozenset[int] = frozenset()  # who was in a step that ended in the last error
         self.record(recorder)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return self.scheduler.has_work
+
+    def check(self, request: ScheduledRequest) -> None:
+        """Raise `ValueError` for a request that can never run here."""
+        self.scheduler.check(request)
+
+    def check_samples(self, samples: int) -> None:
+        """Raise `ValueError` when so many samples of one prompt can never run together."""
+        self.scheduler.check_samples(samples)
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have what happens from now on."""
         self.recorder = recorder
-        recorder.memory(Category.WEIGHTS, sum(parameter.nbytes for parameter in self.model.parameters()))
+        self.steps = 0
+        self.runner.record(recorder)
 
     def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
         """Let requests wait that came at `arrived_s`, or now; all of them or, with a `ValueError` for one that can never
@@ -69,21 +75,29 @@ class Engine:
             yield from self.step()
 
     def step(self) -> list[Piece]:
-        """One turn of the loop."""
+        """One turn of the loop: fill the runner, take what comes out first. No pieces when nothing can run."""
         try:
-            batch = self.schedule()
-            with self._span(batch):
-                tokens = self.compute(batch)
-            return self.postprocess(batch, tokens)
-        except BaseException:  # such as the stop button: who was in the step is computed again
+            while len(self.under_way) < self.runner.depth:
+                work = self.schedule()
+                if not work.batch.chunks:
+                    break
+                self.under_way.append(work)
+                self.runner.start(work)
+            if not self.under_way:
+                return []
+            tokens = self.runner.finish()
+            work = self.under_way.popleft()
+            return self.postprocess(work.batch, work.by_chunk(tokens))
+        except BaseException:  # such as the stop button: who was in a step under way is computed again
+            self.under_way.clear()
             self.failed = self.scheduler.recover()
             raise
 
-    def schedule(self) -> Batch:
+    def schedule(self) -> Work:
         """The next batch; what it means to the lives of requests is noted."""
         now = time.monotonic()
         batch = self.scheduler.schedule(now)
-        self.recorder.step += 1
+        self.steps += bool(batch.chunks)
         for request_id in batch.preempted:
             self.requests[request_id].life.note(Event.PREEMPTED, now)
         for chunk in batch.chunks:
@@ -94,23 +108,8 @@ class Engine:
             if last in (Event.ARRIVED, Event.PREEMPTED):
                 request.life.note(Event.STARTED, now)
         self._note_cache()
-        return batch
-
-    def compute(self, batch: Batch) -> list[list[int]]:
-        """One forward pass and the tokens it gives, in the batch's order: none for a chunk within its prompt."""
-        self.cache.copy(batch.copies)
-        if not self.recorder.activations:
-            return self.sample(batch, self.model(batch, self.cache))
-        began_s = self.recorder.now_s()
-        logits, peak = peak_of(lambda: self.model(batch, self.cache), self.model.device)
-        self.recorder.memory(Category.ACTIVATIONS, peak, began_s)
-        self.recorder.memory(Category.ACTIVATIONS, 0)
-        return self.sample(batch, logits)
-
-    def sample(self, batch: Batch, logits: torch.Tensor) -> list[list[int]]:
-        """The next token of each chunk's request; as many as there are samples where they fork."""
-        rows, likeliest = iter(logits), iter(logits.argmax(-1).tolist())
-        return [self._draw(next(rows), next(likeliest), c.request_id) if c.samples else [] for c in batch.chunks]
+        draws = tuple(self._draws(chunk) for chunk in batch.chunks if chunk.samples)
+        return Work(self.steps, batch, draws, self.scheduler.pool.num_used)
 
     def postprocess(self, batch: Batch, tokens: list[list[int]]) -> list[Piece]:
         """Hand every request its token; those that finished leave their blocks."""
@@ -138,13 +137,13 @@ class Engine:
                 if request.request_id in self.requests:
                     self._leave(request)
 
-    def _draw(self, logits: torch.Tensor, likeliest: int, request_id: int) -> list[int]:
-        request = self.requests.get(request_id)
-        if request is None or (request.params.greedy and request.scheduled.samples == 1):
-            return [likeliest]
-        position = len(request.scheduled.tokens)
+    def _draws(self, chunk: Chunk) -> tuple[Draw, ...]:
+        """How the token after a chunk is drawn, for each of the samples that fork there; nothing for a greedy one."""
+        request = self.requests[chunk.request_id]
+        if request.params.greedy and request.scheduled.samples == 1:
+            return ()
         forks = request.twins if request.scheduled.samples > 1 else []
-        return [sample(logits, each.params, each.seed, each.noise_key, position) for each in [request, *forks]]
+        return tuple(Draw(each.params, each.seed, each.noise_key, chunk.end) for each in [request, *forks])
 
     def _fork(self, request: Request, drawn: list[int]) -> None:
         """The request's twins go on from its prompt, each with its own first token."""
@@ -155,8 +154,7 @@ class Engine:
             twin.life.moments = list(request.life.moments)
 
     def _note_cache(self) -> None:
-        """The blocks in use, in bytes. The pool behind them is `cache.bytes`, in use or not."""
-        self.recorder.memory(Category.KV_CACHE, self.scheduler.pool.num_used * self.cache.block_bytes)
+        self.runner.note_cache(self.scheduler.pool.num_used)
 
     def _enter(self, request: Request) -> None:
         self.requests[request.request_id] = request
@@ -165,28 +163,3 @@ class Engine:
     def _leave(self, request: Request) -> None:
         del self.requests[request.request_id]
         self.scheduler.remove(request.request_id)
-
-    def _span(self, batch: Batch) -> AbstractContextManager[object]:
-        """The span of a step, with what it costs by formula."""
-        prompts = sum(chunk.is_prefill for chunk in batch.chunks)
-        name = "decode" if not prompts else "prefill" if prompts == len(batch.chunks) else "prefill + decode"
-        cost = pass_cost(self.model.config, batch, self.model.dtype.itemsize).total
-        return self.recorder.span(
-            Kind.PREFILL if prompts else Kind.DECODE,
-            name,
-            tokens=sum(len(chunk.token_ids) for chunk in batch.chunks),
-            request_ids=tuple(chunk.request_id for chunk in batch.chunks),
-            flops=cost.flops,
-            memory_bytes=cost.memory_bytes,
-        )
-
-
-def default_num_blocks(model: Decoder, options: EngineOptions) -> int:
-    """As many blocks as the longest sequences can use together, within the memory that is kept for the cache."""
-    config = model.config
-    block_bytes = options.block_size * config.kv_numbers_per_token * model.dtype.itemsize
-    longest = -(-config.max_positions // options.block_size)
-    room = CPU_CACHE_BYTES
-    if model.device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE)
-    return max(1, min(longest * options.max_running, room // block_bytes))

@@ -5,15 +5,24 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 from minillm.engine.request import Piece, Request
 from minillm.model.config import ModelConfig
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
-from minillm.policy.scheduler import ScheduledRequest, Scheduler
+from minillm.policy.scheduler import ScheduledRequest
 from minillm.trace.life import RequestLife
 
 Prompt = str | list[int]
+
+
+class Checks(Protocol):
+    """An engine, as far as it says what can run."""
+
+    def check(self, request: ScheduledRequest) -> None: ...
+
+    def check_samples(self, samples: int) -> None: ...
 
 
 class Intake:
@@ -26,9 +35,9 @@ class Intake:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        scheduler: Scheduler,
+        engine: Checks,
     ) -> list[Request]:
-        """A request for each prompt, with one inbox for all, which `scheduler` can run; they have no ids yet."""
+        """A request for each prompt, with one inbox for all, which `engine` can run; they have no ids yet."""
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise ValueError("prompts must be a list: write generate([prompt])")
         if not prompts:
@@ -41,12 +50,12 @@ class Intake:
         for one in each:
             if not isinstance(one, SamplingParams):
                 raise ValueError(f"{one!r} are no sampling parameters: write SamplingParams(max_tokens=…)")
-            scheduler.check_samples(one.n)  # before so many are made
+            engine.check_samples(one.n)  # before so many are made
         tokens = [self.encode(prompt, number) for number, prompt in enumerate(prompts)]
         inbox: deque[Piece] = deque()
         requests = [self._request(index, ids, one, inbox) for index, (ids, one) in enumerate(zip(tokens, each))]
         for request in requests:
-            scheduler.check(request.scheduled)
+            engine.check(request.scheduled)
         return requests
 
     def encode(self, prompt: Prompt, number: int) -> list[int]:

@@ -81,8 +81,13 @@ def attention_cost(config: ModelConfig, tokens: int, context: int, element_bytes
     return Cost(flops, moved * element_bytes)
 
 
-def pass_cost(config: ModelConfig, batch: Batch, element_bytes: int | None = None, every_row: bool = False) -> PassCost:
-    """The cost of `Decoder.forward(batch)`: all products with weights, all attention. Norms and the like are left out."""
+def pass_cost(
+    config: ModelConfig, batch: Batch, element_bytes: int | None = None, every_row: bool = False, head: bool = True
+) -> PassCost:
+    """The cost of `Decoder.forward(batch)`: all products with weights, all attention. Norms and the like are left out.
+
+    Without `head` it is that of the layers alone, as on all stages of a pipeline but the last.
+    """
     size = element_bytes or DTYPE_BYTES[config.dtype]
     rows = sum(len(chunk.token_ids) for chunk in batch.chunks)
     hidden, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -93,12 +98,12 @@ def pass_cost(config: ModelConfig, batch: Batch, element_bytes: int | None = Non
         + product_cost(rows, config.intermediate_size, hidden, size)
     )
     asked = rows if every_row else sum(chunk.samples for chunk in batch.chunks)
-    head = product_cost(asked, hidden, config.vocab_size, size) if asked else Cost()
+    logits = product_cost(asked, hidden, config.vocab_size, size) if asked and head else Cost()
     attention = Cost()
     for chunk in batch.chunks:
         attention += attention_cost(config, len(chunk.token_ids), chunk.end, size)
     times = config.layers
     return PassCost(
-        Cost(layer.flops * times, layer.memory_bytes * times) + head,
+        Cost(layer.flops * times, layer.memory_bytes * times) + logits,
         Cost(attention.flops * times, attention.memory_bytes * times),
     )

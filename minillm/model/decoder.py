@@ -102,27 +102,35 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed_tokens.weight.device
+        return self.frequencies.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are."""
-        return self.embed_tokens.weight.dtype
+        return next(self.parameters()).dtype
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: PagedCache, every_row: bool = False) -> torch.Tensor:
         """Put the batch's tokens into the cache; returns logits [chunks that sample, vocab], or [tokens, vocab] for
         `every_row`.
         """
-        tokens = torch.tensor(batch.token_ids, device=self.device)
+        return self.logits(self.through(self.embed(batch), batch, cache), batch, every_row)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """The tokens' embeddings, [tokens, hidden]: what enters the first layer."""
+        return self.embed_tokens(torch.tensor(batch.token_ids, device=self.device))
+
+    def through(self, x: torch.Tensor, batch: Batch, cache: PagedCache) -> torch.Tensor:
+        """Through all layers, which put the batch's tokens into the cache: [tokens, hidden] -> [tokens, hidden]."""
         cos, sin = self.turn(torch.tensor(batch.positions, device=self.device))
         step = Step.of(batch, cache.block_size, cos, sin, self.reference_attention)
-        x = self.embed_tokens(tokens)  # [tokens, hidden]
         for layer in self.layers:
             x = layer(x, step, cache)
-        if not every_row:
-            x = x[batch.sampling_rows]
-        return self.lm_head(self.norm(x))
+        return x
+
+    def logits(self, x: torch.Tensor, batch: Batch, every_row: bool = False) -> torch.Tensor:
+        """From what left the last layer [tokens, hidden] to logits, of the rows that `forward` says."""
+        return self.lm_head(self.norm(x if every_row else x[batch.sampling_rows]))
 
     def turn(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the rotary angles at these positions, each [tokens, 1, head_dim], as `rotate` takes them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,25 @@ def sample(logits: torch.Tensor, params: SamplingParams, seed: int, request: int
     scores = logits.double().cpu()
     scores = keep_likely((scores - scores.max()) / params.temperature, params.top_k, params.top_p)
     return int((scores + gumbel_noise(scores.numel(), seed, request, position)).argmax())
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one token is drawn: everything `sample` needs beside the logits."""
+
+    params: SamplingParams
+    seed: int
+    request: int | str
+    position: int
+
+
+def draw(logits: torch.Tensor, draws: Sequence[tuple[Draw, ...]]) -> list[list[int]]:
+    """The next tokens of each row of `logits` [rows, vocab]: one for each of its draws; the likeliest where there is none."""
+    likeliest = logits.argmax(-1).tolist()
+    return [
+        [sample(row, each.params, each.seed, each.request, each.position) for each in wanted] or [token]
+        for row, token, wanted in zip(logits, likeliest, draws, strict=True)
+    ]
 
 
 def keep_likely(scores: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:

@@ -13,8 +13,9 @@ from torch import nn
 
 from minillm.model.checkpoint import Tensors
 from minillm.model.decoder import Decoder
+from minillm.model.linear import Linear
 
-Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...]]
+Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints store what `rope.py` computes
 
@@ -62,7 +63,7 @@ def load_weights(
     used = set()
     for name, parameter in list(model.named_parameters()):  # tied weights come once
         sources = checkpoint_names(name)
-        parts = [tensors.read(source, cut(source.removeprefix("model."), tensors.shape(source))) for source in sources]
+        parts = [_read(tensors, source, cut) for source in sources]
         for source, part, rows in zip(sources, parts, part_rows(model, name, parameter)):
             expected = [rows, *parameter.shape[1:]]
             if list(part.shape) != expected:
@@ -71,7 +72,7 @@ def load_weights(
         torch.cat([part.to(device=device, dtype=dtype) for part in parts], out=values)
         _assign(model, name, values)
         used.update(sources)
-    if model.config.tied_embeddings:
+    if model.config.tied_embeddings and isinstance(model.lm_head, Linear):
         model.lm_head.weight = model.embed_tokens.weight
         used.add("lm_head.weight")
     extra = sorted(name for name in tensors.names - used if not name.endswith(_IGNORED))
@@ -81,6 +82,12 @@ def load_weights(
         )
     model.frequencies = model.frequencies.to(device)
     return tensors.bytes_read
+
+
+def _read(tensors: Tensors, source: str, cut: Cut) -> torch.Tensor:
+    part = cut(source.removeprefix("model."), tensors.shape(source))
+    assert part is not None, f"the model has a place for {source}, of which it holds nothing"
+    return tensors.read(source, part)
 
 
 def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:

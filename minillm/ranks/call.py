@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import cloudpickle
@@ -26,10 +26,8 @@ class Call:
 
         Does nothing for a rank that is gone; `poll` tells.
         """
-        try:
+        with suppress(BrokenPipeError, ConnectionError):
             self._job.processes[rank].calls.send(("post", cloudpickle.dumps(message)))
-        except (BrokenPipeError, ConnectionError):
-            pass
 
     def poll(self, timeout_s: float = 0.0) -> bool:
         """Take what the ranks have sent, waiting for at most `timeout_s` when there is nothing; returns `over`.

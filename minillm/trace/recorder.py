@@ -30,15 +30,20 @@ class Recorder:
         self.on_span = on_span
         self.activations = activations
         self.trace = Trace(about=about)
-        self.step = 0
 
     def now_s(self) -> float:
         """The monotonic clock, or 0 with timing off."""
         return time.monotonic() if self.timing else 0.0
 
-    def span(self, kind: Kind, name: str, **figures: Any) -> _OpenSpan:
+    def span(self, kind: Kind, name: str, **figures: Any) -> OpenSpan:
         """`with recorder.span(Kind.DECODE, "decode", tokens=3):` records what stands inside as one span."""
-        return _OpenSpan(self, kind, name, figures)
+        return OpenSpan(self, kind, name, figures)
+
+    def add(self, span: Span) -> None:
+        """Keep a span that is over."""
+        self.trace.spans.append(span)
+        if self.on_span is not None:
+            self.on_span(span)
 
     def memory(self, category: Category, count_bytes: int, since_s: float | None = None) -> None:
         """From now on, or since a time not before the last sample, this rank holds so many bytes for `category`."""
@@ -46,7 +51,7 @@ class Recorder:
         self.trace.memory.append(MemorySample(self.rank, category, when, count_bytes))
 
 
-class _OpenSpan:
+class OpenSpan:
     """A span that has begun. A class, not a generator: it is entered thousands of times a second."""
 
     __slots__ = ("_cpu", "_figures", "_kind", "_name", "_recorder", "_start")
@@ -54,7 +59,7 @@ class _OpenSpan:
     def __init__(self, recorder: Recorder, kind: Kind, name: str, figures: dict[str, Any]) -> None:
         self._recorder, self._kind, self._name, self._figures = recorder, kind, name, figures
 
-    def __enter__(self) -> _OpenSpan:
+    def __enter__(self) -> OpenSpan:
         timing = self._recorder.timing
         self._start = time.monotonic() if timing else 0.0
         self._cpu = time.thread_time() if timing else 0.0
@@ -64,9 +69,4 @@ class _OpenSpan:
         recorder = self._recorder
         cpu = time.thread_time() - self._cpu if recorder.timing else None
         end = time.monotonic() if recorder.timing else 0.0
-        span = Span(
-            recorder.rank, self._kind, self._name, self._start, end, recorder.step, cpu_s=cpu, **self._figures
-        )  # fmt: skip
-        recorder.trace.spans.append(span)
-        if recorder.on_span is not None:
-            recorder.on_span(span)
+        recorder.add(Span(recorder.rank, self._kind, self._name, self._start, end, cpu_s=cpu, **self._figures))

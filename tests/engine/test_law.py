@@ -138,13 +138,13 @@ def test_samples_fork_and_are_the_same_in_any_company(llm: LLM) -> None:
     single = SamplingParams(max_tokens=12, temperature=1.0, seed=4, ignore_eos=True)
     assert roomy.generate([SYSTEM], single)[0].token_ids == first.token_ids
     peak = max(sample.bytes for sample in roomy.trace.memory if sample.category.value == "KV cache")
-    assert peak == roomy.engine.cache.block_bytes * 6  # 23 tokens in the cache
+    assert peak == roomy.engine.runner.cache.block_bytes * 6  # 23 tokens in the cache
 
 
 def test_samples_share_the_prompts_blocks(llm: LLM) -> None:
     llm_ = LLM(llm.folder, device="cpu", options=EngineOptions(block_size=4))
     list(llm_.stream([SYSTEM], SamplingParams(max_tokens=3, n=4, temperature=1.0, seed=4, ignore_eos=True)))
-    used = [sample.bytes // llm_.engine.cache.block_bytes for sample in llm_.trace.memory
+    used = [sample.bytes // llm_.engine.runner.cache.block_bytes for sample in llm_.trace.memory
             if sample.category.value == "KV cache"]  # fmt: skip
     assert max(used) == 3 + 4  # three full blocks for all, and one each
 
@@ -152,7 +152,7 @@ def test_samples_share_the_prompts_blocks(llm: LLM) -> None:
 def test_a_prompt_that_ends_within_a_block_is_copied_on_write(llm: LLM) -> None:
     llm_ = LLM(llm.folder, device="cpu", options=EngineOptions(block_size=16))
     outputs = llm_.generate([SYSTEM], SamplingParams(max_tokens=3, n=2, temperature=1.0, seed=1, ignore_eos=True))
-    used = [sample.bytes // llm_.engine.cache.block_bytes for sample in llm_.trace.memory
+    used = [sample.bytes // llm_.engine.runner.cache.block_bytes for sample in llm_.trace.memory
             if sample.category.value == "KV cache"]  # fmt: skip
     assert max(used) == 2
     assert all(len(each.token_ids) == 3 for each in outputs[0].samples)

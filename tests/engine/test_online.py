@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
 import pytest
 from tiny import make_checkpoint
@@ -61,7 +62,9 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["sample", "schedule", "postprocess", "_span", "_note_cache", "scheduler.schedule"])
+@pytest.mark.parametrize(
+    "place", ["runner.compute", "runner.start", "schedule", "postprocess", "_note_cache", "scheduler.schedule"]
+)
 def test_an_interrupt_loses_only_its_call(llm: LLM, place: str) -> None:
     """The stop button anywhere in a step: the other stream goes on to its own end, and the next call works."""
     expected = llm.generate([[1, 2, 3]], LONG)[0].token_ids
@@ -69,7 +72,7 @@ def test_an_interrupt_loses_only_its_call(llm: LLM, place: str) -> None:
     got = [next(other).token_id]
     where, _, name = f"engine.{place}".rpartition(".")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm.engine.scheduler if "scheduler" in where else llm.engine, name, interrupt)
+        patch.setattr(attrgetter(where)(llm), name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[4, 5]], LONG)
     got += [piece.token_id for piece in other]
@@ -83,9 +86,10 @@ def test_a_cancel_while_the_batch_is_under_way(llm: LLM) -> None:
     keep, drop = llm.prepare([[1, 2, 3]], LONG), llm.prepare([[4, 5]], LONG)
     llm.new_trace()
     llm.submit([*keep, *drop])
-    batch = llm.engine.schedule()
+    work = llm.engine.schedule()
+    llm.engine.runner.start(work)
     llm.cancel(drop)
-    llm.engine.postprocess(batch, llm.engine.compute(batch))
+    llm.engine.postprocess(work.batch, work.by_chunk(llm.engine.runner.finish()))
     while llm.engine.requests:
         llm.step()
     assert keep[0].token_ids == llm.generate([[1, 2, 3]], LONG)[0].token_ids
@@ -106,7 +110,7 @@ def test_submitted_requests_are_in_the_trace(llm: LLM) -> None:
 def test_a_load_that_is_interrupted_leaves_nothing_behind(llm: LLM) -> None:
     arrivals = [Arrival(0.0, 3, 5)] * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm.engine, "sample", interrupt)
+        patch.setattr(llm.engine.runner, "compute", interrupt)
         with pytest.raises(KeyboardInterrupt):
             drive(llm, arrivals)
     assert llm.engine.scheduler.pool.num_used == 0

@@ -54,15 +54,15 @@ def test_a_long_running_server_keeps_a_window(llm: LLM, monkeypatch: pytest.Monk
 
 def test_an_error_hits_who_was_in_the_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two run, one waits: it is served all the same."""
-    worker, sample, broken = Worker(llm), llm.engine.sample, []
+    worker, compute, broken = Worker(llm), llm.engine.runner.compute, []
 
-    def fails_once(batch, logits):
+    def fails_once(batch):
         if len(batch.chunks) == 2 and not broken:
             broken.append(True)
             raise RuntimeError("no memory")
-        return sample(batch, logits)
+        return compute(batch)
 
-    monkeypatch.setattr(llm.engine, "sample", fails_once)
+    monkeypatch.setattr(llm.engine.runner, "compute", fails_once)
     with worker._changed:  # all three come together
         came = [submit(worker, [number, 1]) for number in range(3)]
     ends = [rest(each) for each in came]
