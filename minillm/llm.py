@@ -23,9 +23,12 @@ from minillm.model.linear import pack
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load_weights
+from minillm.parallel.instance import Instance, RemoteEngine
 from minillm.parallel.layout import Layout
+from minillm.parallel.member import score
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
+from minillm.ranks.pool import Ranks
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Span, Trace
 
@@ -34,7 +37,7 @@ class LLM:
     """A language model ready to answer.
 
     `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
-    in this process. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16",
+    in this process; "pp=2" runs on two ranks, which it starts, or on the `ranks` given. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16",
     "float16" or None for float32 on a CPU and the checkpoint's own on a GPU. `options` are the engine's limits and
     switches. Raises `ValueError` in one line for whatever cannot be.
     """
@@ -46,20 +49,29 @@ class LLM:
         device: str | None = None,
         dtype: str | None = None,
         options: EngineOptions | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.options = _options(options)
         self.layout = Layout.parse(layout)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
-        if self.layout != Layout():
-            raise ValueError(f"layout {str(self.layout)!r} is not built yet: this version runs one device, layout=''")
+        if self.layout != Layout(pp=self.layout.pp, stages=self.layout.stages):
+            raise ValueError(
+                f"layout {str(self.layout)!r} is not built yet: this version runs one device, '', and 'pp=…'"
+            )
         self.device = _device(device)
+        self.dtype = _dtype(dtype, self.device, self.config.dtype)
         self.tokenizer = Tokenizer(self.folder)
         self.intake = Intake(self.config, self.tokenizer)
-        self.model = Decoder(self.config)
-        load_weights(self.model, self.folder, self.device, _dtype(dtype, self.device, self.config.dtype))
-        pack(self.model)
+        self._started: Ranks | None = None  # by this LLM, which ends them
+        if self.layout.world_size == 1:
+            _refuse_ranks(ranks)
+            self.model = Decoder(self.config)
+            load_weights(self.model, self.folder, self.device, self.dtype)
+            pack(self.model)
+        else:
+            self.instance = Instance(self._seats(ranks), self.folder, self.layout, self.dtype)
         self.next_id = 0  # of requests, from 0 in every trace
         self.trace = Trace()
         self.timing = True  # False leaves the clocks out of the spans of `trace`; counts stay
@@ -81,15 +93,16 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Trace:
         """Generate once more, slowly, and return the trace with the peak of every step's activations; `trace` stays."""
-        requests = self.prepare(prompts, params)
-        recorder = self._new_recorder(activations=True)
-        with one_thread():
-            engine = Engine(LocalRunner(self.model, self.options), self.options, recorder)
-            number(requests, 0)
-            engine.add(requests)
-            for _ in engine.run():
-                pass
-        return recorder.trace
+        return self._aside(prompts, params, self._new_recorder(activations=True))
+
+    def record_for_replay(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Trace:
+        """Generate once more, one rank computing at a time, and return the trace for `replay`; `trace` stays.
+
+        Ranks that share cores slow each other down, even in their own CPU time; one at a time they do not.
+        """
+        return self._aside(prompts, params, self._new_recorder(), baton=True)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[Piece]:
         """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`.
@@ -147,6 +160,9 @@ class LLM:
             )
         self._check_open()
         self.intake.check(token_ids)
+        if self.layout.world_size > 1:
+            self.instance.ready()
+            return self.instance.ranks.run(score, token_ids)[-1]
         cache = PagedCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
@@ -157,14 +173,19 @@ class LLM:
         """The same weights under an engine of its own, with other limits and switches."""
         twin = copy.copy(self)
         twin.__dict__.pop("engine", None)
-        twin.options, twin.trace = _options(options), Trace()
+        twin.options, twin.trace, twin._started = _options(options), Trace(), None
         twin._check_open()
         return twin
 
     def close(self) -> None:
-        """Let go of the weights and the KV cache."""
-        self.__dict__.pop("engine", None)
+        """Let go of the weights and the KV cache, and end the ranks that it started."""
+        engine = self.__dict__.pop("engine", None)
+        if isinstance(engine, RemoteEngine) and self._started is None:
+            engine.close()
         self.__dict__.pop("model", None)
+        self.__dict__.pop("instance", None)
+        if self._started is not None:
+            self._started.close()
 
     def __repr__(self) -> str:
         return f"LLM({self.folder.name}, layout={str(self.layout)!r}, {self.device.type})"
@@ -176,12 +197,44 @@ class LLM:
         self.close()
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | RemoteEngine:
         """What serves the requests; it and its KV cache stay between calls."""
         self._check_open()
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
+        if self.layout.world_size > 1:
+            return RemoteEngine(self.instance, self.options, recorder)
         return Engine(LocalRunner(self.model, self.options), self.options, recorder)
+
+    def _seats(self, ranks: Ranks | None) -> Ranks:
+        """The ranks to run on."""
+        if ranks is None:
+            ranks = self._started = Ranks(self.layout.world_size, device=self.device.type)
+        if ranks.world_size != self.layout.world_size:
+            raise ValueError(
+                f"layout {str(self.layout)!r} takes {self.layout.world_size} ranks, but these are {ranks.world_size}: "
+                f"make Ranks({self.layout.world_size}), or leave ranks= out"
+            )
+        return ranks
+
+    def _aside(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, recorder: Recorder,
+        **how: Any,
+    ) -> Trace:  # fmt: skip
+        """Generate with a recorder of its own; returns its trace. Raises `ValueError` while other requests run."""
+        requests = self.prepare(prompts, params)
+        if self.engine.has_work:
+            raise ValueError("other requests are running: let them end first")
+        before, self.next_id = self.engine.recorder, 0
+        try:
+            self.engine.record(recorder, **how)
+            self.submit(requests)
+            while any(each.finish_reason is None for each in with_twins(requests)):
+                self.step()
+        finally:
+            self.cancel(requests)
+            self.engine.record(before)
+        return recorder.trace
 
     def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
         """Yield what the requests give; the steps serve all others too."""
@@ -194,14 +247,16 @@ class LLM:
                 while inbox:
                     yield inbox.popleft()
                 if all(each.finish_reason is not None for each in with_twins(requests)):
-                    return
+                    break
                 self.step()
+            if any(each.finish_reason == "failed" for each in requests):
+                raise RuntimeError("the ranks that served this request were lost: ask again, they start anew")
         finally:
             self.cancel(requests)
 
     def _new_recorder(self, **options: Any) -> Recorder:
         """A recorder that says what runs here, and on what."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         about: dict[str, Any] = {
             "model": self.folder.name,
             "dtype": dtype,
@@ -211,7 +266,7 @@ class LLM:
         return Recorder(timing=self.timing, **about, **options)
 
     def _check_open(self) -> None:
-        if not hasattr(self, "model"):
+        if not hasattr(self, "model" if self.layout.world_size == 1 else "instance"):
             raise ValueError("this LLM is closed: make a new one with LLM(…)")
 
 
@@ -219,6 +274,13 @@ def _options(options: EngineOptions | None) -> EngineOptions:
     if not isinstance(options, EngineOptions | None):
         raise ValueError(f"options={options!r}: write options=EngineOptions(max_running=…)")
     return options or EngineOptions()
+
+
+def _refuse_ranks(ranks: Ranks | None) -> None:
+    if ranks is not None:
+        raise ValueError(
+            "layout '' runs in this process: leave ranks= out, or say how to use them, such as layout='pp=2'"
+        )
 
 
 def _is_message(value: object) -> bool:

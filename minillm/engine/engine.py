@@ -17,7 +17,7 @@ from minillm.model.sampling import Draw
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import Order, ScheduledRequest, Scheduler, first_come
+from minillm.policy.scheduler import Load, Order, ScheduledRequest, Scheduler, first_come
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 
@@ -42,6 +42,11 @@ class Engine:
         """Whether a request waits or runs."""
         return self.scheduler.has_work
 
+    @property
+    def load(self) -> Load:
+        """How full it is now."""
+        return self.scheduler.load
+
     def check(self, request: ScheduledRequest) -> None:
         """Raise `ValueError` for a request that can never run here."""
         self.scheduler.check(request)
@@ -50,8 +55,8 @@ class Engine:
         """Raise `ValueError` when so many samples of one prompt can never run together."""
         self.scheduler.check_samples(samples)
 
-    def record(self, recorder: Recorder) -> None:
-        """Let `recorder` have what happens from now on."""
+    def record(self, recorder: Recorder, baton: bool = False) -> None:
+        """Let `recorder` have what happens from now on. A `baton` is for ranks; here one computes at a time anyway."""
         self.recorder = recorder
         self.steps = 0
         self.runner.record(recorder)

@@ -53,7 +53,7 @@ class Intake:
             engine.check_samples(one.n)  # before so many are made
         tokens = [self.encode(prompt, number) for number, prompt in enumerate(prompts)]
         inbox: deque[Piece] = deque()
-        requests = [self._request(index, ids, one, inbox) for index, (ids, one) in enumerate(zip(tokens, each))]
+        requests = [self.request(index, ids, one, inbox) for index, (ids, one) in enumerate(zip(tokens, each))]
         for request in requests:
             engine.check(request.scheduled)
         return requests
@@ -85,8 +85,8 @@ class Intake:
                 f"prompt {number} has {len(ids)} tokens, but the model's context leaves room for {limit}: shorten it"
             )
 
-    def _request(self, index: int, prompt: list[int], params: SamplingParams, inbox: deque[Piece]) -> Request:
-        """A request and, for n > 1, its twins."""
+    def request(self, index: int, prompt: list[int], params: SamplingParams, inbox: deque[Piece]) -> Request:
+        """A request and, for n > 1, its twins, from what was checked."""
         ends = frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         stops = frozenset(params.stop_token_ids) | ends
         seed = secrets.randbits(32) if params.seed is None else params.seed

@@ -14,7 +14,7 @@ from minillm.trace.life import Event, RequestLife
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What a request gave. `finish_reason` is "stop", "length" or "cancelled"; None while it runs. `text` has no special
+    """What a request gave. `finish_reason` is "stop", "length", "cancelled" or "failed"; None while it runs. `text` has no special
     tokens.
 
     `metrics` holds its time stamps, and TTFT, TPOT and the like. `samples` holds the outputs of all n samples, of which this
@@ -32,13 +32,17 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step added to a request: one token, and the text that became certain with it. `sample` counts up to n - 1."""
+    """What a step added to a request: one token, and the text that became certain with it. `sample` counts up to n - 1.
+
+    `request_id` is the request's number in the engine.
+    """
 
     index: int
     token_id: int
     text: str
     finish_reason: str | None
     sample: int = 0
+    request_id: int = -1
 
 
 @dataclass(eq=False)
@@ -100,9 +104,21 @@ class Request:
             self.life.note(Event.FINISHED, now_s)
             if not self._cut:
                 self.text += self.decoder.rest(self.text)
-        piece = Piece(self.index, token_id, self._show(), self.finish_reason, self.sample)
+        piece = Piece(self.index, token_id, self._show(), self.finish_reason, self.sample, self.request_id)
         self.inbox.append(piece)
         return piece
+
+    def repeat(self, piece: Piece) -> None:
+        """Take a piece that this request's double on another rank has given."""
+        self.scheduled.tokens.append(piece.token_id)
+        self.text += piece.text
+        self.finish_reason = piece.finish_reason
+        self.inbox.append(piece)
+
+    def fail(self, now_s: float) -> None:
+        """What served it is gone."""
+        self.finish_reason = "failed"
+        self.life.note(Event.FAILED, now_s)
 
     def cancel(self, now_s: float) -> None:
         """It ends as it stands."""

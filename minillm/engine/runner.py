@@ -48,7 +48,9 @@ class Runner(Protocol):
 
     depth: int
     num_blocks: int
-    recorder: Recorder
+
+    @property
+    def recorder(self) -> Recorder: ...
 
     def start(self, work: Work) -> None: ...
 
@@ -70,11 +72,16 @@ class LocalRunner:
         self.model = model
         self.num_blocks = options.num_blocks or default_num_blocks(model, options)
         self.cache = PagedCache(model.config, self.num_blocks, options.block_size, model.device, model.dtype)
-        self.recorder = Recorder()
+        self._recorder = Recorder()
+
+    @property
+    def recorder(self) -> Recorder:
+        """Has what happens here."""
+        return self._recorder
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have the spans, and the memory held."""
-        self.recorder = recorder
+        self._recorder = recorder
         recorder.memory(Category.WEIGHTS, weight_bytes(self.model))
 
     def start(self, work: Work) -> None:

@@ -82,6 +82,39 @@ class ModelConfig:
         layer = attention + 3 * h * self.intermediate_size + 2 * h + self.qk_norm * 2 * self.head_dim
         return self.layers * layer + h + self.vocab_size * h * (1 if self.tied_embeddings else 2)
 
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a checkpoint, by its name without "model."; tied embeddings come once."""
+        q, kv, h, wide = (
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+            self.hidden_size,
+            self.intermediate_size,
+        )
+        layer: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj.weight": (q, h),
+            "self_attn.k_proj.weight": (kv, h),
+            "self_attn.v_proj.weight": (kv, h),
+        }
+        layer |= {"self_attn.o_proj.weight": (h, q), "mlp.gate_proj.weight": (wide, h), "mlp.up_proj.weight": (wide, h)}
+        layer |= {
+            "mlp.down_proj.weight": (h, wide),
+            "input_layernorm.weight": (h,),
+            "post_attention_layernorm.weight": (h,),
+        }
+        if self.qkv_bias:
+            layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+        if self.out_bias:
+            layer["self_attn.o_proj.bias"] = (h,)
+        if self.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
+        whole: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, h), "norm.weight": (h,)}
+        if not self.tied_embeddings:
+            whole["lm_head.weight"] = (self.vocab_size, h)
+        return whole | {
+            f"layers.{number}.{name}": shape for number in range(self.layers) for name, shape in layer.items()
+        }
+
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -5,6 +5,7 @@ Loading, the prediction of memory and the transfer of KV all ask it. It reads no
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from minillm.model.config import ModelConfig
@@ -23,6 +24,21 @@ class Shard:
     def layers(self) -> range:
         """The decoder layers of this rank's pipeline stage."""
         return self.layout.layers(self.config.layers, self._at("pp"))
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether it holds the embedding."""
+        return self._at("pp") == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether it holds the final norm and the LM head."""
+        return self._at("pp") == self.layout.pp - 1
+
+    def weight_bytes(self, element_bytes: int) -> int:
+        """What its weights take, by formula. Tied embeddings are on the first stage and on the last."""
+        parts = ((shape, self.cut(name, shape)) for name, shape in self.config.tensors.items())
+        return element_bytes * sum(_size(shape, part) for shape, part in parts if part is not None)
 
     @property
     def kv_heads(self) -> range:
@@ -47,10 +63,10 @@ class Shard:
         if name.startswith("layers."):
             return self._cut_layer(name, shape) if int(name.split(".")[1]) in self.layers else None
         if name == "norm.weight":
-            return () if self._last_stage else None
+            return () if self.last_stage else None
         rows = share(shape[0], self.layout.tp, self._at("tp"))  # of the vocabulary
-        first = name == "embed_tokens.weight" and self._at("pp") == 0
-        last = self._last_stage and (name == "lm_head.weight" or self.config.tied_embeddings)
+        first = name == "embed_tokens.weight" and self.first_stage
+        last = self.last_stage and (name == "lm_head.weight" or self.config.tied_embeddings)
         return (_slice(rows),) if first or last else None
 
     def _cut_layer(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -74,13 +90,15 @@ class Shard:
                 return group, self._at("tp") - ranks.start, len(ranks)
         raise AssertionError("every rank serves a group")
 
-    @property
-    def _last_stage(self) -> bool:
-        return self._at("pp") == self.layout.pp - 1
-
     def _at(self, axis: str) -> int:
         return self.layout.coordinates(self.rank)[axis]
 
 
 def _slice(part: range, width: int = 1) -> slice:
     return slice(part.start * width, part.stop * width)
+
+
+def _size(shape: tuple[int, ...], part: tuple[slice, ...]) -> int:
+    """How many numbers a part of a tensor has."""
+    slices = [*part, *[slice(None)] * (len(shape) - len(part))]
+    return math.prod(len(range(size)[each]) for size, each in zip(shape, slices))

@@ -11,7 +11,8 @@ class EngineOptions:
 
     `block_size` tokens share a block of the KV cache, of which there are `num_blocks` (None: as many as `max_running`
     sequences of the longest context can use, within 1 GiB on a CPU and most of the free memory on a GPU).
-    A step takes at most `max_running` requests and `max_step_tokens` tokens.
+    A step takes at most `max_running` requests and `max_step_tokens` tokens. In a pipeline `in_flight` batches are under
+    way at once (None: as many as there are stages; 1: naive model parallelism).
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
     `chunked_prefill` cuts prompts to the step's token budget (off: a prompt runs whole, even one above the budget);
@@ -24,6 +25,7 @@ class EngineOptions:
     num_blocks: int | None = None
     max_running: int = 64
     max_step_tokens: int = 512
+    in_flight: int | None = None
     continuous: bool = True
     chunked_prefill: bool = True
     preemption: bool = True
@@ -35,7 +37,7 @@ class EngineOptions:
             if isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name}={value!r}: give True or False")
-            elif value is None and field.name == "num_blocks":
+            elif value is None and field.name in ("num_blocks", "in_flight"):
                 continue
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field.name}={value!r}: give a whole number from 1")

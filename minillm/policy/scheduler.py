@@ -56,6 +56,16 @@ class ScheduledRequest:
         return len(self.tokens) - self.computed - self.in_flight
 
 
+@dataclass(frozen=True)
+class Load:
+    """How full an engine is: its requests, and the blocks of its KV cache."""
+
+    running: int
+    waiting: int
+    used_blocks: int
+    num_blocks: int
+
+
 Order = Callable[[ScheduledRequest, float], Any]
 
 
@@ -172,6 +182,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self.requests)
+
+    @property
+    def load(self) -> Load:
+        """How full it is now."""
+        return Load(len(self.running), len(self.waiting), self.pool.num_used, self.pool.num_blocks)
 
     def _share(self) -> int:
         """The most requests of one batch: all, or when several batches are to be under way, an equal part for each."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
-
-import cloudpickle
 
 from minillm.ranks.job import Job
 
@@ -20,14 +18,6 @@ class Call:
     def __init__(self, job: Job, ranks_held: ExitStack) -> None:
         self._job, self._ranks_held = job, ranks_held
         self.over = False
-
-    def post(self, rank: int, message: Any) -> None:
-        """Send something to one rank, which finds it with `context().posted()`, in this call or in the next one.
-
-        Does nothing for a rank that is gone; `poll` tells.
-        """
-        with suppress(BrokenPipeError, ConnectionError):
-            self._job.processes[rank].calls.send(("post", cloudpickle.dumps(message)))
 
     def poll(self, timeout_s: float = 0.0) -> bool:
         """Take what the ranks have sent, waiting for at most `timeout_s` when there is nothing; returns `over`.

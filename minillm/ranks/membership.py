@@ -39,6 +39,7 @@ class RankContext:
     take_posts: Callable[[float], None] = lambda timeout_s: None
     posts: list[Any] = field(default_factory=list)
     namespace: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, Any] = field(default_factory=dict)  # what the engine keeps here between calls
     _comms: dict[str, Comm] = field(default_factory=dict)
 
     def comm(self, members: tuple[int, ...] | None = None, name: str | None = None, host: bool = False) -> Comm:

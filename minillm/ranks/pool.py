@@ -8,7 +8,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -93,6 +93,21 @@ class Ranks:
             held.enter_context(self._alone())
             job = self._send(_message(fn, args, kwargs), on_event, stream=True)
             return Call(job, held.pop_all())
+
+    def post(self, rank: int, message: Any) -> None:
+        """Send something to one rank, which finds it with `context().posted()`, in the call under way or in the next one.
+
+        A rank that is gone does not get it; the call tells.
+        """
+        if not self._processes:
+            self.start()
+        with suppress(BrokenPipeError, ConnectionError):
+            self._processes[rank].calls.send(("post", cloudpickle.dumps(message)))
+
+    @property
+    def generation(self) -> int:
+        """How often the processes were started: what they held before is gone."""
+        return self._generation
 
     def run_cell(self, source: str, filename: str = "<ranks cell>", stream: bool = False) -> list[Any]:
         """Run source text on every rank, in a namespace that persists there; returns each one's last expression.

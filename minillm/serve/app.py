@@ -33,8 +33,8 @@ class Service:
     def __init__(self, llm: LLM, worker: Worker, api_key: str | None) -> None:
         self.llm, self.worker, self.api_key = llm, worker, api_key
         self.model = llm.folder.name
-        pool = llm.engine.scheduler.pool
-        self.room = min(llm.config.max_positions, pool.num_blocks * pool.block_size)
+        blocks, size = llm.engine.load.num_blocks, llm.engine.options.block_size
+        self.room = min(llm.config.max_positions, blocks * size)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -70,14 +70,14 @@ class Service:
 
     async def health(self, request: HTTPRequest) -> Response:
         """Whether requests are taken, and how full the engine is."""
-        scheduler = self.llm.engine.scheduler
+        load = self.llm.engine.load
         state = {
             "status": "ok" if self.worker.alive else "closing",
             "requests": self.worker.under_way,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "blocks_used": scheduler.pool.num_used,
-            "blocks": scheduler.pool.num_blocks,
+            "running": load.running,
+            "waiting": load.waiting,
+            "blocks_used": load.used_blocks,
+            "blocks": load.num_blocks,
         }
         return JSONResponse(state, 200 if self.worker.alive else 503)
 

@@ -1,7 +1,7 @@
 """The life of a request: an enum of events, time-stamped, and every latency that follows from them.
 
     ARRIVED ──waits── STARTED ──prefill── TOKEN ──decode── TOKEN … TOKEN ── FINISHED
-                         └──────────── PREEMPTED ──waits── STARTED …           (or CANCELLED, at any point)
+                         └──────────── PREEMPTED ──waits── STARTED …           (or CANCELLED, FAILED at any point)
 
 The file knows no tensors and no texts.
 """
@@ -21,6 +21,7 @@ class Event(Enum):
     PREEMPTED = "preempted"  # its blocks were taken; it waits again
     FINISHED = "finished"  # it got its last token
     CANCELLED = "cancelled"  # its user gave it up
+    FAILED = "failed"  # the ranks that served it are gone
 
 
 @dataclass

@@ -129,10 +129,10 @@ def test_a_call_under_way_takes_posts(ranks4: Ranks) -> None:
     with pytest.raises(RuntimeError, match="busy with another call"):
         ranks4.run(echo)
     for word in ("a", "b", "end"):
-        call.post(2, word)
+        ranks4.post(2, word)
     assert call.result() == [[], [], ["a", "b", "end"], []]
     assert events == [(2, 3)]
-    call.post(1, "late")
+    ranks4.post(1, "late")
     assert ranks4.run(lambda: context().posted())[1] == ["late"]
 
 

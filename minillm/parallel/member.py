@@ -1,0 +1,266 @@
+"""One rank of an instance: its part of the model, and what the launching process asks of it.
+
+Functions here run on all ranks of an instance alike, by `Ranks.run`. Rank 0 leads: it has the engine, takes requests that
+are posted to it, and reports what they give. What a rank holds stays between calls, in its context.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.engine.engine import Engine
+from minillm.engine.intake import Intake
+from minillm.engine.request import Piece, Request, number
+from minillm.engine.runner import default_num_blocks, weight_bytes
+from minillm.kv.paged import PagedCache
+from minillm.model.config import read_config
+from minillm.model.decoder import Decoder
+from minillm.model.sampling import SamplingParams
+from minillm.model.tokenizer import Tokenizer
+from minillm.parallel.layout import Layout
+from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage, load_stage
+from minillm.parallel.shards import Shard
+from minillm.policy.batch import Batch, Chunk
+from minillm.policy.options import EngineOptions
+from minillm.policy.scheduler import Load, Order
+from minillm.ranks.baton import Baton
+from minillm.ranks.membership import RankContext, context
+from minillm.trace.life import Event
+from minillm.trace.recorder import Recorder
+from minillm.trace.trace import MemorySample, Span
+
+Message = Callable[[Engine], None]
+HELD = "instance"
+REPORT_SPANS = 256  # how many a rank keeps before it reports them
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank says of its part of the model."""
+
+    bytes_read: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a call is recorded. `fresh`: it begins a trace. `live`: every span is reported at once. With `baton`, the path of
+    a file, one rank computes at a time.
+    """
+
+    fresh: bool = True
+    timing: bool = True
+    activations: bool = False
+    live: bool = False
+    baton: str | None = None
+
+
+@dataclass(frozen=True)
+class Added:
+    """A request that comes in: what `intake` needs to make it again, and its number."""
+
+    request_id: int
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    priority: float
+    arrived_s: float
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a step gave a request: the piece, and the moments of its life from the `since`-th on."""
+
+    piece: Piece
+    since: int
+    moments: tuple[tuple[Event, float], ...]
+    reused_tokens: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What rank 0 tells after each step."""
+
+    told: list[Told]
+    load: Load
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Spans and memory that a rank has recorded."""
+
+    spans: list[Span]
+    memory: list[MemorySample]
+
+
+@dataclass
+class Seat:
+    """One engine of the instance, as far as it is on this rank: a stage, and on rank 0 the engine itself."""
+
+    stage: Stage
+    engine: Engine | None = None
+    known: dict[int, Request] = field(default_factory=dict)
+    moments_told: dict[int, int] = field(default_factory=dict)  # how many of each request's life
+
+
+@dataclass
+class Member:
+    """What a rank of an instance holds."""
+
+    model: Decoder
+    pipe: Pipe
+    seats: dict[int, Seat] = field(default_factory=dict)
+    intake: Intake | None = None
+
+
+def load(folder: Path, layout: Layout, dtype: torch.dtype) -> Loaded:
+    """Read this rank's part of the checkpoint."""
+    here, config = context(), read_config(folder)
+    shard = Shard(config, layout, here.rank)
+    line = layout.along("pp", here.rank)
+    model, bytes_read = load_stage(folder, config, shard, here.device, dtype)
+    member = Member(model, Pipe(here.comm(line, "pipe"), here.comm(line, "pipe notes", host=True)))
+    if here.rank == 0:
+        member.intake = Intake(config, Tokenizer(folder))
+    here.held[HELD] = member
+    return Loaded(bytes_read, weight_bytes(model))
+
+
+def open_engine(number: int, options: EngineOptions, order: Order) -> int:
+    """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has."""
+    member = _member()
+    mine = options.num_blocks or default_num_blocks(member.model, options)
+    every = member.pipe.notes.all_gather(torch.tensor([mine]))
+    num_blocks = int(every.min())
+    model = member.model
+    cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)
+    seat = member.seats[number] = Seat(Stage(model, cache, member.pipe))
+    if context().rank == 0:
+        runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
+        seat.engine = Engine(runner, options, Recorder(), order)
+    return num_blocks
+
+
+def close_engine(number: int) -> None:
+    """Let go of an engine and its KV cache."""
+    _member().seats.pop(number, None)
+
+
+def serve(number: int, recording: Recording) -> None:
+    """Serve requests until there are none."""
+    here, seat = context(), _member().seats[number]
+    _record(seat, here, recording)
+    baton: AbstractContextManager[Any] = Baton(recording.baton) if recording.baton else nullcontext()
+    seat.stage.baton = baton
+    try:
+        if seat.engine is None:
+            seat.stage.run()
+        else:
+            _lead(seat.engine, seat, here)
+    finally:
+        seat.stage.baton = nullcontext()
+        if isinstance(baton, Baton):
+            baton.close()
+        _report(here, seat.stage.recorder)
+
+
+def score(token_ids: list[int]) -> torch.Tensor | None:
+    """The logits after each token of a text [tokens, vocab], from the last stage; None from the others."""
+    member = _member()
+    model, pipe = member.model, member.pipe
+    cache = PagedCache(model.config, 1, len(token_ids), model.device, model.dtype)
+    batch = Batch((Chunk(0, 0, tuple(token_ids), (0,)),))
+    with torch.inference_mode():
+        if pipe.stage == 0:
+            x = model.embed(batch)
+        else:
+            room = torch.empty(len(token_ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
+            x = pipe.hidden.recv(room, pipe.stage - 1)
+        x = model.through(x, batch, cache)
+        if pipe.stage == pipe.last:
+            return model.logits(x, batch, every_row=True)
+        pipe.hidden.send(x, pipe.stage + 1)
+        return None
+
+
+def _lead(engine: Engine, seat: Seat, here: RankContext) -> None:
+    """Rank 0: take requests, step, tell what came of it, until nothing is left to do."""
+    while True:
+        for message in here.posted():
+            message(engine)
+        if not (engine.requests or engine.under_way):
+            break
+        seat.known.update(engine.requests)
+        pieces = engine.step()
+        seat.known.update(engine.requests)  # forks
+        here.emit(Turn([_told(seat, piece) for piece in pieces], engine.load))
+        seat.known = {request_id: each for request_id, each in seat.known.items() if request_id in engine.requests}
+    assert isinstance(engine.runner, PipelineRunner)
+    engine.runner.end()
+    here.emit(Turn([], engine.load))
+
+
+def _told(seat: Seat, piece: Piece) -> Told:
+    """A piece, and the moments of its request that were not told yet."""
+    life = seat.known[piece.request_id].life
+    began, seat.moments_told[piece.request_id] = seat.moments_told.get(piece.request_id, 0), len(life.moments)
+    if piece.finish_reason is not None:
+        del seat.moments_told[piece.request_id]
+    return Told(piece, began, tuple(life.moments[began:]), life.reused_tokens)
+
+
+def _record(seat: Seat, here: RankContext, recording: Recording) -> None:
+    """Record this call as it is wanted; what was recorded before has been reported."""
+    most = 1 if recording.live else REPORT_SPANS
+    recorder = Recorder(here.rank, recording.timing, activations=recording.activations)
+    recorder.on_span = lambda span: _report(here, recorder) if len(recorder.trace.spans) >= most else None
+    if seat.engine is not None:
+        seat.engine.record(recorder)
+    else:
+        seat.stage.record(recorder)
+    if not recording.fresh:
+        recorder.trace.memory.clear()
+
+
+def _report(here: RankContext, recorder: Recorder) -> None:
+    """Hand over what was recorded since the last time."""
+    trace = recorder.trace
+    if trace.spans or trace.memory:
+        here.emit(Seen(list(trace.spans), list(trace.memory)))
+        trace.spans.clear()
+        trace.memory.clear()
+
+
+def _member() -> Member:
+    return context().held[HELD]
+
+
+def add(each: list[Added]) -> Message:
+    """A message for rank 0: requests that come in."""
+
+    def message(engine: Engine) -> None:
+        intake = _member().intake
+        assert intake is not None
+        for added in each:
+            request = intake.request(added.index, added.prompt, added.params, deque())
+            request.scheduled.priority = added.priority
+            number([request], added.request_id)
+            engine.add([request], added.arrived_s)
+
+    return message
+
+
+def cancel(request_ids: list[int]) -> Message:
+    """A message for rank 0: requests that nobody wants any more."""
+
+    def message(engine: Engine) -> None:
+        engine.cancel([engine.requests[each] for each in request_ids if each in engine.requests])
+
+    return message
