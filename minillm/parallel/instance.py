@@ -70,7 +70,7 @@ class Instance:
 
     def drop(self, number: int) -> None:
         """Let the ranks forget an engine."""
-        if self.opened.pop(number, None) is not None and self._generation == self.ranks.generation:
+        if self.opened.pop(number, None) is not None and self.ranks.pids and self._generation == self.ranks.generation:
             self.ranks.run(close_engine, number)
 
 
@@ -159,9 +159,9 @@ class RemoteEngine:
             self._end()
 
     def close(self) -> None:
-        """Let the ranks forget it."""
-        if self._call is None:
-            self.instance.drop(self.number)
+        """End its requests, and let the ranks forget it."""
+        self.cancel(list(self.requests.values()))
+        self.instance.drop(self.number)
 
     def _begin(self) -> None:
         """Let the ranks serve until there is nothing left to do."""

@@ -17,7 +17,7 @@ import torch
 
 from minillm.engine.engine import Engine
 from minillm.engine.intake import Intake
-from minillm.engine.request import Piece, Request, number
+from minillm.engine.request import Piece, Request, number, with_twins
 from minillm.engine.runner import default_num_blocks, weight_bytes
 from minillm.kv.paged import PagedCache
 from minillm.model.config import read_config
@@ -106,8 +106,7 @@ class Seat:
 
     stage: Stage
     engine: Engine | None = None
-    known: dict[int, Request] = field(default_factory=dict)
-    moments_told: dict[int, int] = field(default_factory=dict)  # how many of each request's life
+    told: dict[int, int] = field(default_factory=dict)  # how many moments of each request's life were told
 
 
 @dataclass
@@ -197,22 +196,20 @@ def _lead(engine: Engine, seat: Seat, here: RankContext) -> None:
             message(engine)
         if not (engine.requests or engine.under_way):
             break
-        seat.known.update(engine.requests)
+        known = {each.request_id: each for each in with_twins(engine.requests.values())}
         pieces = engine.step()
-        seat.known.update(engine.requests)  # forks
-        here.emit(Turn([_told(seat, piece) for piece in pieces], engine.load))
-        seat.known = {request_id: each for request_id, each in seat.known.items() if request_id in engine.requests}
+        here.emit(Turn([_told(seat, known[piece.request_id], piece) for piece in pieces], engine.load))
+        for request_id in seat.told.keys() - engine.requests.keys():
+            del seat.told[request_id]
     assert isinstance(engine.runner, PipelineRunner)
     engine.runner.end()
     here.emit(Turn([], engine.load))
 
 
-def _told(seat: Seat, piece: Piece) -> Told:
+def _told(seat: Seat, request: Request, piece: Piece) -> Told:
     """A piece, and the moments of its request that were not told yet."""
-    life = seat.known[piece.request_id].life
-    began, seat.moments_told[piece.request_id] = seat.moments_told.get(piece.request_id, 0), len(life.moments)
-    if piece.finish_reason is not None:
-        del seat.moments_told[piece.request_id]
+    life = request.life
+    began, seat.told[request.request_id] = seat.told.get(request.request_id, 0), len(life.moments)
     return Told(piece, began, tuple(life.moments[began:]), life.reused_tokens)
 
 

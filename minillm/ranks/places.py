@@ -35,7 +35,7 @@ def spots_of_frame(frame: FrameType | None) -> list[Spot]:
     """The stack of a running frame, outermost first, without torch and this package."""
     spots: list[Spot] = []
     while frame is not None:
-        spots.append((frame.f_code.co_filename, frame.f_lineno))
+        spots.append((frame.f_code.co_filename, frame.f_lineno or 0))  # None between two lines
         frame = frame.f_back
     return _own(spots[::-1])
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import psutil
 
-PRELOAD = ["minillm.ranks.worker"]
+PRELOAD = ["minillm.ranks.worker", "minillm.parallel.member"]  # what every rank will need
 
 
 def start_method() -> str:
