@@ -90,7 +90,8 @@ class Decoder(nn.Module):
         self.config = config
         self.reference_attention = False  # True: the slow path of `attention.py`, by the formula
         with init_empty_weights():
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            table = torch.empty(config.vocab_size, config.hidden_size, device="meta")
+            self.embed_tokens = nn.Embedding.from_pretrained(table)  # not filled at random, which takes a second
             self.layers = nn.ModuleList(Layer(config, number) for number in range(config.layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

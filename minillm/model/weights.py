@@ -68,7 +68,7 @@ def load_weights(
             expected = [rows, *parameter.shape[1:]]
             if list(part.shape) != expected:
                 raise ValueError(f"{folder}: {source} is {list(part.shape)}, but config.json makes it {expected}")
-        values = torch.empty_like(parameter, device=device, dtype=dtype)  # a mapped file would be shared by ranks
+        values = torch.empty(parameter.shape, device=device, dtype=dtype)  # a mapped file would be shared by ranks
         torch.cat([part.to(device=device, dtype=dtype) for part in parts], out=values)
         _assign(model, name, values)
         used.update(sources)
