@@ -69,6 +69,7 @@ def _add_model(options: argparse.ArgumentParser) -> None:
         "--model", metavar="CHECKPOINT", help="a folder or hub name (default: the embedded SmolLM2-135M)"
     )
     options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    options.add_argument("--layout", default="", metavar="TEXT", help="such as pp=2, or pp=9+9+12 (default: one device)")
 
 
 def _add_bench(options: argparse.ArgumentParser) -> None:
@@ -106,6 +107,7 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (default: by memory)")
     options.add_argument("--max-running", type=int, default=64, metavar="N", help="requests at a time (default 64)")
     options.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="per step (default 512)")
+    options.add_argument("--in-flight", type=int, metavar="N", help="batches under way (default: as many as stages)")
     options.add_argument("--continuous", action=switch, default=True, help="requests join while others run")
     options.add_argument("--chunked-prefill", action=switch, default=True, help="prompts are cut to the step's budget")
     options.add_argument("--preemption", action=switch, default=True, help="blocks may be taken back")
@@ -140,17 +142,17 @@ def generate(options: argparse.Namespace) -> int:
     from minillm import LLM, SamplingParams
 
     params = SamplingParams(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
-    llm = LLM(options.model, device=options.device)
-    chat = not options.raw and llm.tokenizer.chat_template is not None
     if not options.prompt:
         raise ValueError("the prompt is empty: give --prompt a text")
-    prompt = llm.tokenizer.chat([{"role": "user", "content": options.prompt}]) if chat else options.prompt
-    if not options.json:
-        for piece in llm.stream(prompt, params):
-            print(piece.text, end="", flush=True)
-        print()
-        return 0
-    output = llm.generate([prompt], params)[0]
+    with LLM(options.model, options.layout, options.device) as llm:
+        chat = not options.raw and llm.tokenizer.chat_template is not None
+        prompt = llm.tokenizer.chat([{"role": "user", "content": options.prompt}]) if chat else options.prompt
+        if not options.json:
+            for piece in llm.stream(prompt, params):
+                print(piece.text, end="", flush=True)
+            print()
+            return 0
+        output = llm.generate([prompt], params)[0]
     metrics = output.metrics
     figures = {
         "model": options.model or llm.folder.name,
@@ -196,11 +198,12 @@ def bench(options: argparse.Namespace) -> int:
         raise ValueError("an SLO has two sides: give both --slo-ttft and --slo-tpot")
     slo = SLO(options.slo_ttft, options.slo_tpot) if options.slo_ttft is not None else None
     drawn = _arrivals(options)
-    llm = LLM(options.model, device=options.device, options=_engine_options(options))
-    arrivals = fit(drawn, options.scale, llm.config.max_positions)
-    report = Report.of(drive(llm, arrivals, options.seed).lives, slo)
+    with LLM(options.model, options.layout, options.device, options=_engine_options(options)) as llm:
+        arrivals = fit(drawn, options.scale, llm.config.max_positions)
+        report = Report.of(drive(llm, arrivals, options.seed).lives, slo)
     if options.json:
-        about = {"model": llm.folder.name, "device": llm.device.type, "engine": vars(llm.options), **machine()}
+        where = {"layout": str(llm.layout), "device": llm.device.type}
+        about = {"model": llm.folder.name, **where, "engine": vars(llm.options), **machine()}
         print(json.dumps({**about, **report.as_dict()}, indent=1))
     else:
         prompts = sum(arrival.prompt_tokens for arrival in arrivals)
@@ -214,7 +217,7 @@ def serve(options: argparse.Namespace) -> int:
     from minillm.llm import LLM
     from minillm.serve.app import serve as run
 
-    llm = LLM(options.model, device=options.device, options=_engine_options(options))
     key = options.api_key or os.environ.get("MINILLM_API_KEY")
-    run(llm, options.host, options.port, key, options.max_queue)
+    with LLM(options.model, options.layout, options.device, options=_engine_options(options)) as llm:
+        run(llm, options.host, options.port, key, options.max_queue)
     return 0

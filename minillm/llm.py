@@ -104,7 +104,9 @@ class LLM:
         """
         return self._aside(prompts, params, self._new_recorder(), baton=True)
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Piece]:
         """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`.
 
         Its requests join those that run already, such as another stream's; closing the iterator cancels them.

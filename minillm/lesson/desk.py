@@ -91,6 +91,11 @@ def picture_of(exercise: Exercise, verdict: Verdict) -> Figure | None:
     return None
 
 
+def whose(function: Any) -> str:
+    """Whose a function of an exercise is by now: "yours", or "the course's" until the exercise is solved."""
+    return "yours" if function.__code__.co_filename.startswith("<exercise ") else "the course's"
+
+
 def solution(name: str) -> Any:
     """Show a solution of an exercise; any time. Raises `ValueError` for an exercise that there is not."""
     from IPython.display import Code

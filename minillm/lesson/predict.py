@@ -17,9 +17,9 @@ from typing import Any
 import traitlets
 from matplotlib.figure import Figure
 
-from minillm.viz.style import FAINT, GUESS, INK, frame, new_figure, png
+from minillm.viz.style import FAINT, GUESS, INK, frame, new_figure, png, stacked
 from minillm.viz.widget import InteractivePicture, script
-from minillm.viz.words import plain
+from minillm.viz.words import plain, round_ticks
 
 FILE = ".guesses.json"
 
@@ -86,9 +86,10 @@ class Predict(InteractivePicture):
 
     def png(self) -> bytes:
         """The question as asked, or, after `reveal`, with its answer: what readers without a kernel see."""
-        if self.truth is not None and self._draw is not None and not self.choices:
-            return png(self._draw(self.value))
-        return png(self._still())
+        if self.truth is None or self._draw is None:
+            return png(self._still())
+        picture = png(self._draw(self.value))
+        return stacked(png(self._still()), picture) if self.choices else picture
 
     def _fixed(self, change: Any) -> None:
         self._redraw()
@@ -107,7 +108,7 @@ class Predict(InteractivePicture):
         figure, (axis,) = new_figure(1.5)
         axis.set(xscale="log", xlim=(self.low, self.high), ylim=(0, 1), yticks=[])
         axis.spines["left"].set_visible(False)
-        ticks = [10.0**e for e in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
+        ticks = round_ticks(self.low, self.high)
         axis.set_xticks(ticks, [f"{plain(tick)} {self.unit}" for tick in ticks])
         if self.truth is not None:
             place = min(max(self.truth, self.low), self.high)

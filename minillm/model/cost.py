@@ -57,7 +57,8 @@ def cache_room_bytes(config: ModelConfig, device: Device, dtype: str) -> float:
     weights = config.parameters * DTYPE_BYTES[dtype]
     if weights >= USABLE * device.memory_bytes:
         raise ValueError(
-            f"the weights take {weights / 1e9:.0f} GB and {device.name} has {device.memory_bytes / 1e9:.0f}: they do not fit"
+            f"the weights take {weights / 1e9:.1f} GB, and of the {device.memory_bytes / 1e9:.0f} GB of {device.name} "
+            f"{USABLE:.0%} are used: they do not fit"
         )
     return USABLE * device.memory_bytes - weights
 

@@ -64,7 +64,7 @@ class Service:
             except Closing as error:
                 return _refuse(503, str(error), "server_error")
             except EngineFailed as error:
-                return _refuse(500, f"the engine failed: {error}", "server_error")
+                return _refuse(500, str(error), "server_error")
 
         return answer
 

@@ -19,7 +19,11 @@ class Busy(Exception):
 
 
 class EngineFailed(Exception):
-    """A step of the engine ended in an error."""
+    """A step of the engine ended in an error, of which clients see the first line."""
+
+    def __init__(self, error: Exception) -> None:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        super().__init__(f"the engine failed: {first}")
 
 
 class Closing(Exception):
@@ -117,7 +121,7 @@ class Worker:
         try:
             self.llm.submit(job.requests)
         except Exception as error:
-            self._end(job, EngineFailed(str(error)))
+            self._end(job, EngineFailed(error))
 
     def _step(self) -> None:
         try:
@@ -126,7 +130,7 @@ class Worker:
             failed = self.llm.engine.failed
             for job in list(self._jobs):
                 if any(request.request_id in failed for request in with_twins(job.requests)):
-                    self._end(job, EngineFailed(str(error) or type(error).__name__))
+                    self._end(job, EngineFailed(error))
             return
         self.llm.trace.trim(TRACE_SPANS, TRACE_LIVES)
         for job in list(self._jobs):

@@ -12,6 +12,9 @@ import traitlets
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from minillm.engine.engine import Engine
+from minillm.engine.request import Request, with_twins
+from minillm.llm import LLM
 from minillm.policy.scheduler import Scheduler
 from minillm.viz.style import INK, KV_CACHE, STYLE, WIDTH, frame, legend, png
 from minillm.viz.widget import InteractivePicture, script
@@ -90,6 +93,27 @@ class BlockMap(InteractivePicture):
         )
 
 
+def watch(llm: LLM, requests: Sequence[Request], block_map: BlockMap | None = None) -> list[Cell]:
+    """Run prepared requests to their end; returns the fullest look at the cache. A block map is shown as it fills."""
+    from IPython.display import display
+
+    looks = []
+    shown: Any = display(block_map, display_id=True) if block_map is not None else None
+    engine = llm.engine
+    assert isinstance(engine, Engine), "the blocks of other ranks cannot be looked at"
+    llm.new_trace()
+    llm.submit(requests)
+    while any(request.finish_reason is None for request in with_twins(requests)):
+        llm.step()
+        looks.append(look(engine.scheduler))
+        if block_map is not None:
+            block_map.watch(engine.scheduler)
+    if block_map is not None:
+        block_map.finish()
+        shown.update(block_map)
+    return fullest(looks)
+
+
 def draw_blocks(pools: Mapping[str, Sequence[Cell]], finding: str, caption: str, columns: int = 32) -> Figure:
     """One grid per pool, with the share of held places that is filled in its title."""
     rows = [max(1, math.ceil(len(cells) / columns)) for cells in pools.values()]
@@ -110,13 +134,13 @@ def draw_blocks(pools: Mapping[str, Sequence[Cell]], finding: str, caption: str,
         if len(pools) > 1:  # of different sizes, perhaps: what they share is memory
             said = f"{name}: {len(held) / max(1, len(cells)):.0%} of the memory held"
         axis.set_title(f"{said}, {share:.0%} of that filled", loc="left", fontsize=10)
-    handles = [
-        Patch(color=KV_CACHE, alpha=0.45),
-        Patch(color=KV_CACHE),
-        Patch(facecolor="white", edgecolor=KV_CACHE),
-        Patch(color=KEPT),
-    ]
-    legend(axes[0], handles, ["filled", "shared", "held, empty", "kept"])
+    every = [cell for cells in pools.values() for cell in cells]
+    handles = {"filled": Patch(color=KV_CACHE, alpha=0.45), "held, empty": Patch(facecolor="white", edgecolor=KV_CACHE)}
+    if any(holders > 1 for _, holders, _ in every):
+        handles["shared"] = Patch(color=KV_CACHE)
+    if any(filled and not holders for _, holders, filled in every):
+        handles["kept for whoever begins alike"] = Patch(color=KEPT)
+    legend(axes[0], list(handles.values()), list(handles))
     return frame(figure, finding, caption)
 
 

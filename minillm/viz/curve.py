@@ -33,11 +33,11 @@ def draw_curve(
         x, y = [point.tpot_s * 1e3 for point in points], [point.tokens_per_s for point in points]
         axis.plot(x, y, color=colour, marker="o", markersize=6, linewidth=1.8, label=name)
         for point, left, height in zip(points, x, y):
-            if point is points[-1] or (points is first and (point is points[0] or len(curves) == 1)):
-                axis.annotate(
-                    f"{'batch ' if point is points[0] else ''}{point.batch}", (left, height), xytext=(7, -11),
-                    textcoords="offset points", color=colour, fontsize=9.5,
-                )  # fmt: skip
+            place = (7, -11) if points is first else (-7, 7)
+            axis.annotate(
+                f"{'batch ' if point is points[0] and points is first else ''}{point.batch}", (left, height),
+                xytext=place, ha="left" if points is first else "right", textcoords="offset points", color=colour, fontsize=9.5,
+            )  # fmt: skip
     axis.set(yscale="log", xlabel="ms per token of one request (TPOT)", ylabel="tokens/s of all requests")
     axis.set_xlim(0, axis.get_xlim()[1] * 1.06)
     bottom, top = axis.get_ylim()

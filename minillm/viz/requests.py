@@ -20,7 +20,8 @@ ROOM = 1 / 250  # of the picture's width: the least a bar needs for a tick
 def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Figure:
     """A bar per request: waiting from its arrival, prefill, then decode with a tick for every token.
 
-    A gap between two tokens of more than twice the median one is drawn as waiting, all but one usual step of it.
+    Between two tokens it waits while steps run in which it has no part, and after it was preempted; then it is prefilled
+    again.
 
     At most 40 requests are drawn, the first to arrive; the caption says so. Raises `ValueError` for a trace without any.
     """
@@ -31,7 +32,7 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     scale, unit = time_unit(longest_s)
     figure, (axis,) = new_figure(1.3 + 0.3 * max(len(drawn), 3))
     for row, life in enumerate(drawn):
-        _draw_life(axis, row, life, start, scale, longest_s)
+        _draw_life(axis, row, life, _waits(trace, life), start, scale, longest_s)
     axis.set_yticks(range(len(drawn)), [str(life.request_id) for life in drawn])
     axis.set(xlabel=f"time ({unit})", ylabel="request", ylim=(len(drawn) - 0.4, -0.6), xlim=(0, None))
     axis.tick_params(axis="y", length=0)
@@ -42,16 +43,18 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     return frame(figure, finding, caption_of(trace, more) if caption is None else caption)
 
 
-def _draw_life(axis: Any, row: int, life: RequestLife, start: float, scale: float, longest_s: float) -> None:
+def _draw_life(
+    axis: Any, row: int, life: RequestLife, waits: list[tuple[float, float]], start: float, scale: float, longest_s: float
+) -> None:  # fmt: skip
     """Waiting, prefill and decode of one request, `longest_s` being the seconds that the picture is wide."""
     began, tokens = life.first(Event.STARTED), life.token_s
     arrived = life.first(Event.ARRIVED)
-    others = _waits_between(life)
     for left, right, colour, hatch in (
         (arrived, began, WAITING, "////"),
         (began, tokens[0], PREFILL, None),
         (tokens[0], tokens[-1], DECODE, None),
-        *((a, b, WAITING, "////") for a, b in others),
+        *((a, b, WAITING, "////") for a, b in waits),
+        *((a, b, PREFILL, None) for a, b in _again(life)),
     ):
         axis.barh(row, (right - left) * scale, left=(left - start) * scale, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
     ticks = [(when - start) * scale for when in tokens]
@@ -60,12 +63,26 @@ def _draw_life(axis: Any, row: int, life: RequestLife, start: float, scale: floa
     axis.vlines(ticks, row - 0.31, row + 0.31, color="white", linewidth=0.8)
 
 
-def _waits_between(life: RequestLife) -> list[tuple[float, float]]:
-    """Stretches between two tokens in which others were served: gaps of more than twice the usual one, but for a step."""
-    if len(life.token_s) < 4:
-        return []
-    usual = median(life.itl_s)
-    return [(a, b - usual) for a, b in zip(life.token_s, life.token_s[1:]) if b - a > 2 * usual]
+def _waits(trace: Trace, life: RequestLife) -> list[tuple[float, float]]:
+    """Stretches between its first and last token in which only others were served, and those without its blocks."""
+    first, last = life.token_s[0], life.token_s[-1]
+    others: list[tuple[float, float]] = []
+    going_on = False
+    for span in sorted(trace.spans, key=lambda span: span.start_s):
+        if life.request_id in span.request_ids:
+            going_on = False
+        elif span.request_ids and first <= span.start_s and span.end_s <= last:
+            others.append((others.pop()[0] if going_on else span.start_s, span.end_s))
+            going_on = True
+    moments = [*life.moments, (Event.FINISHED, last)]
+    lost = [(when, after) for (what, when), (_, after) in zip(moments, moments[1:]) if what is Event.PREEMPTED]
+    return lost + others
+
+
+def _again(life: RequestLife) -> list[tuple[float, float]]:
+    """Prefills after the first one: from each later start to the token after it."""
+    starts = [when for what, when in life.moments if what is Event.STARTED][1:]
+    return [(when, next((token for token in life.token_s if token > when), when)) for when in starts]
 
 
 def draw_latency(trace: Trace, finding: str, caption: str | None = None, guess_times: float | None = None) -> Figure:

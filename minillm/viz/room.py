@@ -31,21 +31,28 @@ def draw_room(device: Device, config: ModelConfig, dtype: str, lengths: Sequence
     figure, (axis,) = new_figure(3.4)
     axis.plot(sizes, room, color=KV_CACHE, marker="o", markersize=5, linewidth=2)
     axis.set(xscale="log", yscale="log", xlabel="tokens in a block", ylabel="sequences at a time")
-    axis.set_ylim(max(0.4, min(room) / 2), max(room) * 2)
+    axis.set_ylim(min(room) / 3, max(room) * 2)
     axis.axhline(1, color=FAINT, linewidth=0.8)
     axis.set_yticks(round_ticks(*axis.get_ylim()))
     plain_log(axis)
     axis.set_xticks(sizes[::3])
     marked = room[sizes.index(16)]
     axis.annotate(
-        f"16 tokens: {plain(marked)}", (16, marked), xytext=(0, 12), textcoords="offset points", ha="center", color=INK
+        f"16 tokens: {_count(marked)}", (16, marked), xytext=(0, 12), textcoords="offset points", ha="center", color=INK
     )
     axis.annotate(
-        f"the whole context, {config.max_positions:,}: {plain(room[-1])}", (sizes[-1], room[-1]), xytext=(0, -18),
+        f"the whole context, {config.max_positions:,}: {_count(room[-1])}", (sizes[-1], room[-1]), xytext=(0, -18),
         textcoords="offset points", ha="right", color=GUESS,
     )  # fmt: skip
     gain = marked / room[-1]
     finding = f"Blocks of 16 hold {plain(gain)} times as many sequences as reservations"
     if gain < 1.3:
         finding = "Little is wasted by reservations when sequences fill them"
+    if marked < 1:
+        finding = "Not one such sequence fits beside the weights"
     return frame(figure, finding, caption)
+
+
+def _count(sequences: float) -> str:
+    """As many as whole ones fit."""
+    return f"{int(sequences):,}" if sequences >= 1 else "not one"

@@ -59,7 +59,7 @@ def draw_seats(runs: Mapping[str, Trace], finding: str, caption: str | None = No
     handles = [Patch(color=PREFILL), Patch(color=DECODE), Patch(facecolor=WAITING, hatch="////", edgecolor="white")]
     legend(axes[0], handles, ["prefill", "decode", "empty"])
     first = next(iter(runs.values()))
-    shown = caption_of(first, f"{len(next(iter(lives.values())))} requests, one bar each")
+    shown = caption_of(first, f"{len(next(iter(lives.values())))} requests, each an orange and a blue bar")
     return frame(figure, finding, shown if caption is None else caption)
 
 

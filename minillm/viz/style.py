@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from PIL import Image
 
 PREFILL, DECODE, COMMUNICATION, WAITING = "#E69F00", "#0072B2", "#CC79A7", "#D9D9D9"
 WEIGHTS, KV_CACHE, ACTIVATIONS, GUESS = "#56B4E9", "#009E73", "#F0E442", "#D55E00"
@@ -59,8 +60,19 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def stacked(*pictures: bytes) -> bytes:
+    """PNG files, one under the other, as one."""
+    images = [Image.open(io.BytesIO(each)).convert("RGB") for each in pictures]
+    whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    for number, image in enumerate(images):
+        whole.paste(image, (0, sum(above.height for above in images[:number])))
+    file = io.BytesIO()
+    whole.save(file, format="png")
+    return file.getvalue()
+
+
 def show(figure: Figure) -> None:
     """Display a figure in a notebook as a PNG."""
-    from IPython.display import Image, display
+    from IPython import display
 
-    display(Image(png(figure), width=960))
+    display.display(display.Image(png(figure), width=960))

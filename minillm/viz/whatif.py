@@ -17,7 +17,7 @@ class WhatIf(InteractivePicture):
     """`WhatIf(draw, "question", ranks=[2, 3, 4], absent=["nobody", "rank 1"])` calls `draw(ranks=2, absent="nobody")` first.
 
     The first value of a control is where it stands at first. Numbers become a slider, other values a list; spaces in a control's label are underscores in its name. `draw` returns
-    a `Figure`; an error from it is shown as text, and the last picture stays.
+    a `Figure`; a `ValueError` from it is what stands there instead.
     """
 
     _esm = script("whatif")
@@ -54,6 +54,7 @@ class WhatIf(InteractivePicture):
             self.picture = b64encode(png(self._figure(change["new"]["values"]))).decode()
             self.problem = ""
         except Exception as error:
+            self.picture = ""  # the last one would be of other values
             self.problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         finally:
             self.drawn += 1

@@ -47,24 +47,28 @@ def ask(question):
 # %%
 names = ["Ada", "Ben", "Cleo", "Dov", "Eve"]
 things = ["river", "planet", "fruit", "metal", "bird"]
-stream = llm.stream([ask(f"Name a {thing}.") for thing in things], SamplingParams(max_tokens=5))
+lengths = [SamplingParams(max_tokens=tokens) for tokens in (5, 2, 4, 5, 4)]
+stream = llm.stream([ask(f"Name a {thing}.") for thing in things], lengths)
 for piece in stream:
     print(f"{names[piece.index]}:{piece.text!r}", end="  ", flush=True)
 
 # %% [markdown]
-# Four take turns, token by token; the fifth comes as soon as a seat is free. Nobody waits for all the others to finish.
+# Four take turns, token by token. Eve, the fifth, comes as soon as one seat is free: the others are still being served.
 #
 # ## By hand
 #
 # Four answers of 2, 5, 1 and 4 tokens, two seats, one token per seat and step. A letter is a token, a dot an empty seat.
 
 # %%
+from string import ascii_uppercase
+
+
 def static(answers, seats):
     rows = [""] * seats
     for begin in range(0, len(answers), seats):
         batch = answers[begin : begin + seats]
         for seat, length in enumerate(batch):
-            rows[seat] += "ABCD"[begin + seat] * length + "·" * (max(batch) - length)
+            rows[seat] += ascii_uppercase[begin + seat] * length + "·" * (max(batch) - length)
     return rows
 
 
@@ -72,12 +76,13 @@ def continuous(answers, seats):
     rows = [""] * seats
     for number, length in enumerate(answers):
         row = min(range(seats), key=lambda seat: len(rows[seat]))
-        rows[row] += "ABCD"[number] * length
+        rows[row] += ascii_uppercase[number] * length
     return rows
 
 
 for rule in (static, continuous):
-    print(rule.__name__, *rule([2, 5, 1, 4], 2), sep="\n    ")
+    rows = rule([2, 5, 1, 4], 2)
+    print(f"{rule.__name__}: {max(map(len, rows))} steps", *rows, sep="\n    ")
 
 # %% [markdown]
 # The same twelve tokens, in nine steps or in seven. A **static** batch is as long as its longest answer, and nobody knows
@@ -85,7 +90,8 @@ for rule in (static, continuous):
 #
 # ## Predict
 #
-# Twelve requests on four seats. Most answers have 3 to 5 tokens; every fourth has 30.
+# Twelve requests on four seats. Most answers have 3 to 5 tokens; every fourth has 30. (You may count steps with the cell
+# above: the answers are `[4, 3, 5, 30] * 3`.)
 
 # %%
 from minillm.lesson.predict import Predict
@@ -115,11 +121,12 @@ print("the same tokens:", tokens["static batches"] == tokens["continuous batchin
 from minillm.viz.seats import draw_seats
 
 seconds = [run.end_s - run.start_s for run in runs.values()]
+steps = [len(run.spans) for run in runs.values()]
 finding = "A seat that falls empty is taken at once, so the same work ends sooner"
 shorter.reveal(
     seconds[0] / seconds[1],
-    "The empty seats are what is saved, but not in full: with fewer rows a step of a CPU is shorter, "
-    "so an empty seat costs less than a taken one.",
+    f"Counted in steps it is {steps[0]} against {steps[1]}, {steps[0] / steps[1]:.1f} times. Not all of it is "
+    "time saved: a static step with empty seats has fewer rows, and on this CPU is a little shorter.",
     draw_seats(runs, finding),
 )
 
@@ -127,7 +134,8 @@ shorter.reveal(
 # ## The price of a larger batch
 #
 # More seats, then? Lesson 01 has it: a step reads the weights once for everybody. Here is the whole curve of this
-# machine: all requests together gain (upwards), each of them loses (to the right).
+# machine: all requests together gain (upwards), each of them loses (to the right). Where the curve bends over, its
+# **knee**, more seats begin to add more waiting than tokens.
 
 # %%
 from statistics import median
@@ -135,14 +143,16 @@ from statistics import median
 from minillm.viz.curve import Point, draw_curve
 from minillm.viz.style import show
 
-points = []
-for batch in (1, 2, 4, 8, 16, 32):
-    engine = llm.with_options(EngineOptions(max_running=batch))
-    engine.generate([[1, 2, 3, 4]] * batch, SamplingParams(max_tokens=10, ignore_eos=True))
-    step_s = median(span.duration_s for span in engine.trace.spans if span.name == "decode")
-    points.append(Point(batch, batch / step_s, step_s))
-finding = "Each larger batch gains less and costs more: somewhere there is a knee"
-caption = "measured · one device · SmolLM2-135M float32 · prompts of 4 tokens"
+engines = {batch: llm.with_options(EngineOptions(max_running=batch)) for batch in (1, 2, 4, 8, 16, 32)}
+steps_s = {batch: [] for batch in engines}
+for _ in range(3):  # in turns, so that what else the machine does hits all of them
+    for batch, engine in engines.items():
+        engine.generate([[1, 2, 3, 4]] * batch, SamplingParams(max_tokens=6, ignore_eos=True))
+        steps_s[batch] += [span.duration_s for span in engine.trace.spans if span.name == "decode"]
+points = [Point(batch, batch / median(steps), median(steps)) for batch, steps in steps_s.items()]
+gain, price = points[-1].tokens_per_s / points[0].tokens_per_s, points[-1].tpot_s / points[0].tpot_s
+finding = f"32 at a time: {gain:.0f} times the tokens, and each waits {price:.1f} times as long"
+caption = f"measured · {llm.device.type.upper()}, one thread · SmolLM2-135M float32 · prompts of 4 tokens"
 show(draw_curve({"this machine": points}, finding, caption))
 
 # %% [markdown]
@@ -153,7 +163,7 @@ show(draw_curve({"this machine": points}, finding, caption))
 # %%
 felt = Predict("02.long_prompt", "What do the first two see while the prompt is being read?",
                choices=("nothing: requests do not touch each other", "every token comes a little later",
-                        "one long pause, then as before", "their answers change"))
+                        "one long pause, then on again", "their answers change"))
 felt
 
 
@@ -177,15 +187,13 @@ from minillm.viz.requests import draw_requests
 
 whole = with_long_prompt(chunked_prefill=False)
 felt.reveal(
-    2, "Everyone in a step waits for all of it. TPOT, a mean, hides that; the largest ITL does not."
+    2, "Who is in a step waits for all of it, and here everybody is in it.",
+    draw_requests(whole, "Read in one step, the prompt makes everybody wait: look at the gap between ticks"),
 )
-
-# %%
-show(draw_requests(whole, "Read in one step, the prompt makes everybody else wait"))
 
 # %% [markdown]
 # **Chunked prefill** (Sarathi-Serve, 2024) gives each step a budget of tokens: decodes first, then as much of a prompt as
-# fits. The pause becomes many small ones, and the prompt itself takes longer.
+# fits.
 
 # %%
 chunked = with_long_prompt(max_step_tokens=96)
@@ -198,9 +206,13 @@ for name, run in (("whole", whole), ("in pieces", chunked)):
           f"TTFT of the long prompt {late.ttft_s:.1f} s")
 
 # %% [markdown]
+# One pause became several short ones, and the prompt itself is read more slowly: its TTFT grew. TPOT, a mean over the whole
+# answer, hardly tells the two apart. The longest gap does. That is why latency is measured at its tail, by its worst cases.
+#
 # ## The loop and the scheduler
 #
-# Schedule, run, postprocess: the engine is this loop. Find the line that puts decodes before prompts.
+# Schedule, run, postprocess: the engine is this loop. A runner takes a batch and gives tokens; here it is the model itself.
+# In the scheduler, find the line that takes decodes before prompts, and the condition under which nobody new may start.
 
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
@@ -212,7 +224,8 @@ show_source("policy.scheduler.Scheduler.schedule")
 
 # %% [markdown]
 # The scheduler holds no tensors, no clock and no model. So the picture below is *its* doing too: the same object, driven
-# with step times from a roofline in the place of real steps.
+# with step times from a roofline in the place of real steps. Such times are a bound: real steps, as in the curve above, take
+# longer.
 #
 # ## What if: another device, other answers
 #
@@ -262,7 +275,8 @@ WhatIf(draw_what_if, "Which curve wins, and where does it bend?", device=list(de
 
 # %% [markdown]
 # With answers of one length nothing is left to win. And where computing is the limit, as at batch 64 on this machine, an
-# empty seat costs next to nothing. On an H100 the curve goes straight up: many times the tokens for nearly the same wait.
+# empty seat costs next to nothing: a full batch gives no more tokens per second, and each of them waits longer. Llama-3.1-8B on
+# an H100 goes nearly straight up: many times the tokens for almost the same wait.
 #
 # ## Break it
 #
@@ -276,27 +290,27 @@ from minillm.lesson.exercises.lesson_02 import HandScheduler
 def served_by(plan, count):
     """All of `count` requests by this plan: tokens, and the trace."""
     engine = llm.with_options(EngineOptions(max_running=9, max_step_tokens=64))
+    engine.generate(prompts[:1], SamplingParams(max_tokens=2))  # warm up
     engine.engine.scheduler = HandScheduler(engine.engine.scheduler.pool, engine.options, plan)
     outputs = engine.generate(prompts[:count], SamplingParams(max_tokens=8, ignore_eos=True))
     return [output.token_ids for output in outputs], engine.trace
 
 
-def newest_first(running, waiting, budget, seats):
+def prompts_first(running, waiting, budget, seats):
     if waiting and len(running) < seats:
         return [(waiting[0], min(waiting[0].left, budget))]
     return [(request, 1) for request in running if request.left == 1]
 
 
-right, greedy = served_by(newest_first, 9)
+right, greedy = served_by(prompts_first, 9)
 alone = llm.generate(prompts[:1], SamplingParams(max_tokens=8, ignore_eos=True))[0]
 print("the same tokens:", right[0] == alone.token_ids)
 
 # %%
-show(draw_requests(greedy, "Newest first: the first comer's second token waits for everybody's prompt"))
+show(draw_requests(greedy, "Prompts first: the first comer's second token waits for everybody's prompt"))
 
 # %% [markdown]
-# The tokens are right. A bad schedule never makes wrong answers, only late ones, and no error tells. That is why latency is
-# measured at its tail.
+# The tokens are right. A bad schedule never makes wrong answers, only late ones, and no error tells.
 #
 # ## Your turn
 #
@@ -322,9 +336,16 @@ show(draw_requests(greedy, "Newest first: the first comer's second token waits f
 # Your `schedule` (or, until it is solved, the course's) rules the engine, on real requests:
 
 # %%
+from minillm.lesson.desk import whose
+
 yours, trace = served_by(schedule, 9)
-print("the same tokens:", yours == right)
-show(draw_requests(trace, "Your schedule: answers go on while new prompts come in"))
+print(f"the schedule is {whose(schedule)}; the same tokens: {yours == right}")
+show(draw_requests(trace, "Answers go on while new prompts come in"))
+
+# %% tags=["nbval-ignore-output"]
+for name, run in (("prompts first", greedy), ("answers go on", trace)):
+    gaps = [gap for life in run.lives for gap in life.itl_s]
+    print(f"{name:14} longest gap {max(gaps) * 1e3:5.0f} ms, ends after {run.end_s - run.start_s:.1f} s")
 
 # %% [markdown]
 # ## Passport

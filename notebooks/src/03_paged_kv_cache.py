@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 03 · Paged KV cache
 #
-# **The memory is full, says the engine, and most of it is empty. Where did it go?**
+# **Four requests, and there is no room for a fifth, though most of the memory is empty. Where did it go?**
 #
 # 45 minutes, and about 40 for the exercises · comes after 01 and 02 · needs nothing but this machine
 #
@@ -45,34 +45,18 @@ things = ["river", "planet", "fruit", "metal", "bird", "city", "colour", "tree"]
 prompts = [ask(f"Name a {thing}.") for thing in things]
 
 # %% [markdown]
-# Eight requests, one cache of 64 blocks. Watch it fill. Then pull the slider back, and point at a block.
+# Eight requests, one cache of 64 blocks. Watch blocks being taken. The slider then stands at the fullest step; pull it either
+# way, and point at a block.
 
 # %%
-from minillm.viz.blocks import BlockMap, draw_blocks, fullest, look, split
+from minillm.viz.blocks import BlockMap, draw_blocks, split, watch
 
-
-def watch(engine, requests, block_map=None):
-    """Run requests to their end; returns the fullest look at the cache."""
-    looks = []
-    shown = display(block_map, display_id=True) if block_map else None
-    engine.new_trace()
-    engine.submit(requests)
-    while engine.engine.requests:
-        engine.step()
-        looks.append(look(engine.engine.scheduler))
-        if block_map is not None:
-            block_map.watch(engine.engine.scheduler)
-    if block_map is not None:
-        block_map.finish()
-        shown.update(block_map)
-    return fullest(looks)
-
-
+where = f"measured · {llm.device.type.upper()} · SmolLM2-135M float32"
 lengths = (24, 18, 22, 20, 25, 19, 21, 23)
 answers = [SamplingParams(max_tokens=length, ignore_eos=True) for length in lengths]
 paged = llm.with_options(EngineOptions(num_blocks=64))
 live = BlockMap("Blocks are taken when a token needs one, and given back at the end",
-                "SmolLM2-135M · 64 blocks of 16 tokens · the number is the request")
+                f"{where} · 64 blocks of 16 tokens · the number is the request")
 requests = {"paged": paged.prepare(prompts, answers)}
 caches = {"blocks of 16": watch(paged, requests["paged"], live)}
 
@@ -90,8 +74,9 @@ def page(ends, size):
     return " ".join("ABC"[n] * end + "·" * (-end % size) for n, end in enumerate(ends))
 
 
-print("reserved:", reserve([3, 5, 2], 8))
-print("in blocks of 2:", page([3, 5, 2], 2))
+for rule, places in (("reserved", reserve([3, 5, 2], 8)), ("in blocks of 2", page([3, 5, 2], 2))):
+    held = sum(place != " " for place in places)
+    print(f"{rule:15} {places:28} {held} places held, {held - places.count('·')} used")
 
 # %% [markdown]
 # A **reservation** must be as long as an answer can get, because nobody knows how long it will be. **Blocks** are taken
@@ -104,7 +89,7 @@ print("in blocks of 2:", page([3, 5, 2], 2))
 # %%
 from minillm.lesson.predict import Predict
 
-used = Predict("03.reserved", "How much of the reserved room is filled, at the fullest?", "%", 1, 100)
+used = Predict("03.reserved", "At the fullest moment, how much of the held room has a token in it?", "%", 1, 100)
 used
 
 # %% [markdown]
@@ -121,21 +106,22 @@ share = [filled for _, holders, filled in cells if holders]
 used.reveal(
     100 * sum(share) / len(share),
     "Each of the four holds room for 256 tokens and ends with fewer than 70. The other four requests "
-    "wait, though most places are empty. vLLM's authors measured 20 to 38 % in systems of their day.",
+    "wait, though most places are empty. In systems of its day, the paper on PagedAttention (2023) measured "
+    "20 to 38 % of the memory kept for KV in use.",
     draw_blocks(caches, "The waste was reserved, not used",
-                "measured · SmolLM2-135M · the same 1,024 places, 8 requests"),
+                f"{where} · the same 1,024 places, 8 requests"),
 )
 
 # %%
 for name, engine in (("reserved", reserving), ("paged", paged)):
     spans = engine.trace.spans
     at_once = max(len(span.request_ids) for span in spans)
-    print(f"{name:9} {at_once} requests at a time, {len(spans)} steps")
+    print(f"{name:9} {at_once} requests at a time, {8 - at_once} wait for room; {len(spans)} steps in all")
 tokens = {name: [request.token_ids for request in each] for name, each in requests.items()}
 print("the same tokens:", tokens["reserved"] == tokens["paged"])
 
 # %% [markdown]
-# The memory saved is batch size, and batch size is throughput: lesson 02.
+# The memory saved is batch size: fewer steps for the same tokens. And batch size is throughput, by the curve of lesson 02.
 #
 # ## The same beginning twice
 #
@@ -149,11 +135,13 @@ RULES = "You are the assistant of a small railway museum. Be brief. " + " ".join
     for n in range(12)
 )
 questions = [RULES + f"\n\nVisitor: where is engine {n}?\n\nAssistant:" for n in (7, 10)]
-print(len(llm.tokenizer.encode(questions[0])), "tokens, most of them the same in both")
+ids = [llm.tokenizer.encode(question) for question in questions]
+alike = next(n for n, (a, b) in enumerate(zip(*ids)) if a != b)
+print(f"{len(ids[0])} and {len(ids[1])} tokens; the first {alike} are the same")
 
 # %%
 sooner = Predict(
-    "03.prefix", "How many times sooner does the second visitor get the first word?", "×", 1, 100
+    "03.prefix", "How many times sooner does the second visitor get the first word, with reuse?", "×", 1, 100
 )
 sooner
 
@@ -167,20 +155,21 @@ for switch in (False, True):
 print("the same tokens:", said[True] == said[False])
 sooner.reveal(
     seconds[False] / seconds[True],
-    f"{output.metrics.reused_tokens} of {len(output.prompt_token_ids)} tokens were there already. "
-    "Blocks that nobody holds are kept until their room is needed; the least recently used go first.",
+    f"{output.metrics.reused_tokens} of {len(output.prompt_token_ids)} tokens, whole blocks, were there already. "
+    "The few that were not still go through all the weights, a step at least: lesson 01. Blocks that nobody "
+    "holds are kept until their room is needed; the least recently used go first.",
 )
 
 # %% [markdown]
 # ## Three answers to one question
 #
 # With `n=3` the samples *share* the prompt's blocks. Pull the slider: ×3 is held by three. Who writes into a shared block
-# gets a copy of it first; full ones stay shared to the end.
+# gets a copy of it first, and the last holder keeps the original; full blocks stay shared to the end.
 
 # %%
 sampling = llm.with_options(EngineOptions(num_blocks=32))
 live = BlockMap("Three answers share what they have in common",
-                "SmolLM2-135M · 32 blocks of 16 tokens · ×3: held by three")
+                f"{where} · 32 blocks of 16 tokens · ×3: held by three; a number is the sample's")
 three = SamplingParams(max_tokens=24, n=3, temperature=0.8, seed=1, ignore_eos=True)
 _ = watch(sampling, sampling.prepare([RULES], three), live)
 
@@ -200,14 +189,20 @@ long = SamplingParams(max_tokens=30, ignore_eos=True)
 outputs = tight.generate(prompts[:4], long)
 lost = sum(event is Event.PREEMPTED for life in tight.trace.lives for event, _ in life.moments)
 roomy = llm.generate(prompts[:4], long)
-print(f"{lost} times a request lost its blocks; the same tokens:",
+print(f"preemptions: {lost}; the same tokens:",
       [output.token_ids for output in outputs] == [output.token_ids for output in roomy])
-show(draw_requests(tight.trace, "Who came last gives its blocks up, waits, and goes on"))
+show(draw_requests(tight.trace, "Who came last gives its blocks up, waits, and is prefilled again"))
+
+# %% tags=["nbval-ignore-output"]
+for name, run in (("13 blocks", tight.trace), ("room for all", llm.trace)):
+    print(f"{name:13} {len(run.spans)} steps, {run.end_s - run.start_s:.1f} s, "
+          f"longest gap {max(gap for life in run.lives for gap in life.itl_s) * 1e3:.0f} ms")
 
 # %% [markdown]
 # ## The engine's own
 #
-# Find the line that copies, and the one that decides who may be evicted.
+# Find the line of `write` that makes a copy. A block that nobody holds may still be *kept*, to be found by its key: in `take`,
+# find the line that gives such a block away, the one that was not used for longest.
 
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
@@ -224,13 +219,12 @@ show_source("policy.blocks.BlockPool.take")
 
 # %%
 wrong = Predict("03.no_copy", "What comes out?", choices=(
-    "an error", "the right answers", "the same answer three times", "fluent, wrong answers"))
+    "an error", "three right answers", "three times the same answer", "no error: some right, some wrong"))
 wrong
 
 # %%
 from unittest.mock import patch
 
-from minillm.kv.paged import PagedCache
 from minillm.policy.blocks import BlockTable
 
 
@@ -245,11 +239,10 @@ three = SamplingParams(max_tokens=24, n=3, temperature=0.8, seed=3, ignore_eos=T
 good = sampling.generate(forks, three)[0]
 with patch.object(BlockTable, "write", no_copy):
     bad = sampling.generate(forks, three)[0]
-for right, broken in zip(good.samples, bad.samples):
-    print("right: ", repr(right.text), "\nbroken:", repr(broken.text), "\n")
-
-# %%
-wrong.reveal(3, "Where all three write, one survives; the others attend to its words. No error tells.")
+pairs = list(zip(bad.samples, good.samples))
+broken = [mine for mine, theirs in pairs if mine.token_ids != theirs.token_ids]
+wrong.reveal(3, f"{3 - len(broken)} of 3 is right. Where all three write, the words of the last one stay, and the "
+                f"others attend to them: “{broken[0].text.strip()}” No error tells.")
 
 # %% [markdown]
 # ## What if: another device, longer texts
@@ -277,8 +270,9 @@ WhatIf(draw_what_if, "How many sequences fit beside the weights?", device=["A100
        model=["Llama-2-7B", "SmolLM2-135M", "Llama-3.1-8B", "Llama-3.1-70B"], sequences=list(texts))
 
 # %% [markdown]
-# Blocks of one token would waste nothing. But tables get long, and a device reads a long run of memory faster than
-# scattered tokens. vLLM takes 16 by default.
+# Blocks of one token would waste nothing. But tables get long, and kernels read a long run of memory faster than scattered
+# tokens (PagedAttention, section 7.2); vLLM takes 16 by default. And a model of 70 billion parameters fits beside no cache on
+# any of the three.
 #
 # ## Your turn
 #
@@ -304,12 +298,13 @@ WhatIf(draw_what_if, "How many sequences fit beside the weights?", device=["A100
 # Your `write` (or, until it is solved, the course's) in the real engine:
 
 # %%
+from minillm.lesson.desk import whose
 from minillm.lesson.exercises.lesson_03 import method_of
 
 with patch.object(BlockTable, "write", method_of(write)):
     yours = sampling.generate(forks, three)[0]
 pairs = zip(yours.samples, good.samples)
-print("the same tokens:", all(mine.token_ids == right.token_ids for mine, right in pairs))
+print(f"write is {whose(write)}; the same tokens:", all(mine.token_ids == right.token_ids for mine, right in pairs))
 
 # %% [markdown]
 # ## Passport

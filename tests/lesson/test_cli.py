@@ -64,6 +64,20 @@ def test_generate(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == figures["text"] + "\n"
 
 
+def test_a_layout(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", folder, "--device", "cpu", "--layout", "pp=2"]
+    assert call("generate", "--prompt", "hello", "--max-tokens", "5", *arguments) == 0
+    told = capsys.readouterr().out
+    assert call("generate", "--prompt", "hello", "--max-tokens", "5", *arguments[:4]) == 0
+    assert told == capsys.readouterr().out
+    load = ["--requests", "6", "--scale", "0.02", "--rate", "200", "--json"]
+    assert call("bench", *arguments, *load) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["layout"] == "pp=2" and figures["requests"] == 6
+    assert call("bench", *arguments[:4], "--layout", "pp=9") == 2
+    assert "pp=9 does not fit 2 layers" in capsys.readouterr().err
+
+
 def test_bench(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = ["--model", folder, "--device", "cpu", "--requests", "6", "--scale", "0.02"]
     assert call("bench", *small, "--rate", "200", "--slo-ttft", "10", "--slo-tpot", "10", "--json") == 0

@@ -25,7 +25,7 @@ from minillm.viz.blocks import BlockMap, draw_blocks, look, split
 from minillm.viz.curve import Point, draw_curve
 from minillm.viz.live import Timeline
 from minillm.viz.memory import draw_memory
-from minillm.viz.requests import draw_latency, draw_requests
+from minillm.viz.requests import _again, _waits, draw_latency, draw_requests
 from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
 from minillm.viz.room import draw_room, sequences_at_a_time
@@ -206,6 +206,7 @@ def test_a_picture_with_controls_answers_every_question() -> None:
         view.asked = {"number": number + 1, "values": {"ranks": ranks, "who is away": "nobody"}}
         assert view.drawn == number + 1
         assert view.problem == ("KeyError: 'nine'" if ranks == 9 else "")
+        assert bool(view.picture) == (ranks != 9)  # never that of other values
     with pytest.raises(ValueError, match="at least one control"):
         WhatIf(draw, "What if?")
 
@@ -218,6 +219,18 @@ def test_a_timeline_of_one_run_is_not_touched_by_the_next() -> None:
     assert len(run.spans) == count
     assert len(view.spans) == 1
     assert view.memory == []
+
+
+def test_a_request_waits_while_steps_run_without_it() -> None:
+    """Two steps of others in a row are one wait; after a preemption it waits, and is prefilled again."""
+    life = RequestLife(0)
+    moments = [(Event.ARRIVED, 0), (Event.STARTED, 0), (Event.TOKEN, 1), (Event.TOKEN, 4), (Event.PREEMPTED, 4), (Event.STARTED, 6), (Event.TOKEN, 7)]  # fmt: skip
+    for what, when in moments:
+        life.note(what, float(when))
+    who = [(0,), (1,), (2,), (0, 1), (1,), (1,), (0, 1)]
+    spans = [Span(0, Kind.DECODE, "decode", float(n), n + 1.0, n, request_ids=ids) for n, ids in enumerate(who)]
+    assert _waits(Trace(spans, lives=[life]), life) == [(4.0, 6.0), (1.0, 3.0), (4.0, 6.0)]
+    assert _again(life) == [(6.0, 7.0)]
 
 
 def test_bars_survive_many_tokens() -> None:
@@ -288,6 +301,8 @@ def test_a_curve_of_throughput_over_latency() -> None:
     axis = figure.axes[0]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("ms per token of one request (TPOT)", "tokens/s of all requests")
     assert {text.get_text() for text in axis.texts} == {"batch 1", "8", "your guess 60"}
+    both = draw_curve({"a": points, "b": points[:1]}, "x", "y").axes[0]
+    assert [text.get_text() for text in both.texts] == ["batch 1", "8", "1"]
     assert png(draw_curve({"a": points, "b": points[:1]}, "x", "y")).startswith(b"\x89PNG")
 
 
@@ -322,5 +337,7 @@ def test_room_for_sequences() -> None:
     figure = draw_room(device, config, "float16", [100, 2000], "computed")
     assert figure.axes[0].get_xlabel() == "tokens in a block"
     assert png(figure).startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="the weights take 141 GB"):
+    none = draw_room(find_device("T4"), SHAPES["Llama-2-7B"], "float16", [4096], "computed")
+    assert none.get_suptitle() == "Not one such sequence fits beside the weights"
+    with pytest.raises(ValueError, match="the weights take 141.1 GB, and of the 16 GB of T4 90% are used"):
         draw_room(find_device("T4"), SHAPES["Llama-3.1-70B"], "float16", [10], "computed")

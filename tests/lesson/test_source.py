@@ -21,7 +21,7 @@ def test_shown_as_it_is() -> None:
 
 def test_a_property_has_source_and_a_constant_has_none() -> None:
     assert "def intensity" in show_source("model.cost.Cost.intensity").text
-    for symbol in ("model.shapes.SHAPES", "trace.life.Event.TOKEN", "engine.engine.torch"):
+    for symbol in ("model.shapes.SHAPES", "trace.life.Event.TOKEN", "engine.engine.time"):
         with pytest.raises(ValueError, match="has no source of its own here") as caught:
             show_source(symbol)
         assert "\n" not in str(caught.value)

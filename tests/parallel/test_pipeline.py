@@ -175,7 +175,9 @@ def test_several_batches_are_under_way(pipes: dict[str, LLM]) -> None:
         last = {step: max(span.end_s for span in spans) for step, spans in steps.items()}
         most = max(sum(first[other] <= first[step] < last[other] for other in steps) for step in steps)
         assert most == expected
-        messages = [span for span in llm.trace.spans if span.kind is Kind.COMMUNICATION and span.name == "hidden states"]
+        messages = [
+            span for span in llm.trace.spans if span.kind is Kind.COMMUNICATION and span.name == "hidden states"
+        ]
         sizes = {step: 4 * llm.config.hidden_size * spans[0].tokens for step, spans in steps.items()}
         assert len(messages) == 2 * len(steps)
         assert all(span.message_bytes == sizes[span.step] for span in messages)
@@ -206,7 +208,9 @@ def test_lives_are_told(pipes: dict[str, LLM]) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_stage_that_dies_fails_its_requests_and_the_next_ones_run(one: LLM, folder: Path, how: signal.Signals) -> None:
+def test_a_stage_that_dies_fails_its_requests_and_the_next_ones_run(
+    one: LLM, folder: Path, how: signal.Signals
+) -> None:
     """The error names the rank; every stream under way says that it failed; blocks are free; the ranks start anew."""
     with Ranks(3, device="cpu", timeout_s=1) as ranks, LLM(folder, layout="pp=3", device="cpu", ranks=ranks) as pipe:
         streams = [pipe.stream([[number, 2]], SamplingParams(max_tokens=2000, ignore_eos=True)) for number in range(3)]

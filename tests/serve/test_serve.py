@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from tiny import make_checkpoint
 
@@ -104,6 +105,30 @@ def server(folder: Path) -> Iterator[Running]:
 
 
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+def test_a_pipeline_behind_the_server(folder: Path) -> None:
+    """The same answers from two ranks, closed streams and all; when a rank is killed, requests fail and the next are served."""
+    server = start(folder, "--layout", "pp=2", *LIMITS)
+    try:
+        expected = server.llm.generate(["hello"], SamplingParams(max_tokens=9, ignore_eos=True))[0].text
+        ask = {"model": "tiny", "prompt": "hello", "max_tokens": 9, **GREEDY}
+        dropped = server.client.completions.create(**{**ask, "max_tokens": 400}, stream=True)
+        next(iter(dropped))
+        assert server.client.completions.create(**ask).choices[0].text == expected
+        dropped.close()
+        assert server.settle()["blocks_used"] == 0
+        lost = server.client.completions.create(**{**ask, "max_tokens": 400}, stream=True)
+        next(iter(lost))
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        ranks = [child for child in family if child.ppid() != server.process.pid]  # children of the fork server
+        ranks[-1].kill()
+        with pytest.raises(openai.APIError, match="the engine failed"):
+            list(lost)
+        assert server.client.completions.create(**ask).choices[0].text == expected
+        assert server.settle()["blocks_used"] == 0
+    finally:
+        assert stop(server) in (0, -signal.SIGTERM)
 
 
 def test_completions_whole_and_streamed(server: Running) -> None:

@@ -74,6 +74,13 @@ function decades(low, high) {
   return found;
 }
 
+function roundTicks(low, high) { // 1, 2 and 5 times powers of ten, as viz/words.round_ticks
+  const found = [];
+  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++)
+    for (const step of high < 1000 * low ? [1, 2, 5] : [1]) found.push(step * 10 ** e);
+  return found.filter((v) => v >= low * (1 - 1e-9) && v <= high * (1 + 1e-9));
+}
+
 function niceStep(range, most) {
   const raw = range / most, size = 10 ** Math.floor(Math.log10(raw));
   return [1, 2, 5, 10].map((m) => m * size).find((step) => step >= raw);

@@ -79,7 +79,7 @@ function render({ model, el }) {
     svg.setAttribute("class", "minillm-guess-axis");
     shape("rect", { x: 0, y: 0, width: W, height: H, fill: "white" }, svg);
     shape("line", { x1: L, x2: W - R, y1: 62, y2: 62, stroke: "#9a9a9a", "stroke-width": 1.5 }, svg);
-    for (const v of decades(low, high)) {
+    for (const v of roundTicks(low, high)) {
       shape("line", { x1: x(v), x2: x(v), y1: 62, y2: 69, stroke: "#9a9a9a" }, svg);
       text(svg, x(v), 84, `${plain(v)} ${unit}`, LOOK.ink, 12.5);
     }

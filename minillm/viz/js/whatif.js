@@ -4,9 +4,9 @@
 function render({ model, el }) {
   const { box, title } = card(el, model.get("question"));
   const bar = element("div", { display: "flex", flexWrap: "wrap", gap: "6px 22px", marginBottom: "6px" }, box);
+  const problem = element("div", { color: LOOK.culprit, fontWeight: "bold" }, box);
   const image = element("img", { maxWidth: "100%", display: "block" }, box);
   image.alt = model.get("question");
-  const problem = element("div", { color: LOOK.culprit, fontWeight: "bold" }, box);
   const values = { ...model.get("first") };
   let busy = false, again = false;
 
@@ -33,7 +33,9 @@ function render({ model, el }) {
   }
   function draw() {
     title.textContent = model.get("question");
-    image.src = `data:image/png;base64,${model.get("picture")}`;
+    const picture = model.get("picture");
+    image.style.visibility = picture ? "visible" : "hidden"; // its place stays, so that nothing jumps
+    if (picture) image.src = `data:image/png;base64,${picture}`;
     problem.textContent = model.get("problem");
     busy = false;
     if (again) { again = false; send(); }
