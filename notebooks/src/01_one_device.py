@@ -285,7 +285,7 @@ RooflineWalk(here)
 # All of this is one loop. Find the line that calls the model, and the one where eight requests become one batch.
 
 # %% tags=["nbval-ignore-output"]
-show_source("engine.engine.Engine.compute")
+show_source("engine.runner.LocalRunner.compute")
 
 # %% tags=["nbval-ignore-output"]
 show_source("engine.engine.Engine.schedule")
