@@ -69,7 +69,9 @@ def _add_model(options: argparse.ArgumentParser) -> None:
         "--model", metavar="CHECKPOINT", help="a folder or hub name (default: the embedded SmolLM2-135M)"
     )
     options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    options.add_argument("--layout", default="", metavar="TEXT", help="such as pp=2, or pp=9+9+12 (default: one device)")
+    options.add_argument(
+        "--layout", default="", metavar="TEXT", help="such as pp=2, or pp=9+9+12 (default: one device)"
+    )
 
 
 def _add_bench(options: argparse.ArgumentParser) -> None:
