@@ -133,7 +133,9 @@ class Stage:
             out = with_peak(self.recorder, lambda: self._forward(work, x), self.model.device)
             if last:
                 drawn = draw(out, work.draws) if work.draws else []
-                return torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
+                out = torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
+            elif self.model.device.type == "cuda" and not isinstance(self.baton, nullcontext):
+                torch.cuda.synchronize()  # so that the span is as long as the work
             return out
 
     def _forward(self, work: Work, x: torch.Tensor | None) -> torch.Tensor:

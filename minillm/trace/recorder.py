@@ -30,6 +30,7 @@ class Recorder:
         self.on_span = on_span
         self.activations = activations
         self.trace = Trace(about=about)
+        self.cpu_end_s: float | None = None  # the thread's CPU clock when the last span ended
 
     def now_s(self) -> float:
         """The monotonic clock, or 0 with timing off."""
@@ -67,6 +68,12 @@ class OpenSpan:
 
     def __exit__(self, *error: object) -> None:
         recorder = self._recorder
-        cpu = time.thread_time() - self._cpu if recorder.timing else None
-        end = time.monotonic() if recorder.timing else 0.0
-        recorder.add(Span(recorder.rank, self._kind, self._name, self._start, end, cpu_s=cpu, **self._figures))
+        cpu, gap, end = None, None, 0.0
+        if recorder.timing:
+            cpu_end = time.thread_time()
+            cpu, end = cpu_end - self._cpu, time.monotonic()
+            gap = self._cpu - recorder.cpu_end_s if recorder.cpu_end_s is not None else None
+            recorder.cpu_end_s = cpu_end
+        recorder.add(
+            Span(recorder.rank, self._kind, self._name, self._start, end, cpu_s=cpu, gap_cpu_s=gap, **self._figures)
+        )

@@ -13,7 +13,7 @@ from typing import Any
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Clock, Kind, MemorySample, Span, Trace
 
-FORMAT, VERSION = "minillm trace", 3
+FORMAT, VERSION = "minillm trace", 4
 _SPAN = [field.name for field in fields(Span)]
 _SAMPLE = [field.name for field in fields(MemorySample)]
 

@@ -42,7 +42,8 @@ class Clock(Enum):
 class Span:
     """One stretch of work on a rank.
 
-    Times are seconds of the host's monotonic clock; `cpu_s` is the thread's own CPU time in it. `message_bytes` is what
+    Times are seconds of the host's monotonic clock; `cpu_s` is the thread's own CPU time in it, `gap_cpu_s` that
+    between this rank's span before and it, such as for scheduling. `message_bytes` is what
     this rank put on a link; `flops` and `memory_bytes` (read and written) follow from shapes by formula (`model/cost.py`).
     Within a `lane` of a rank, spans come in program order. `group`, `sequence` and `peer` match the sides of a message.
     """
@@ -63,6 +64,7 @@ class Span:
     group: str = ""
     sequence: int = -1
     peer: int = -1
+    gap_cpu_s: float | None = None
 
     @property
     def duration_s(self) -> float:

@@ -84,8 +84,8 @@ def test_chrome_events_keep_the_format(trace: Trace) -> None:
         (b"", "truncated or no trace"),
         (gzip.compress(b'{"format": "minillm trace"')[:-9], "truncated or no trace"),
         (gzip.compress(b"[]"), "is no minillm trace"),
-        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 3"),
-        (gzip.compress(b'{"format": "minillm trace", "version": 3}'), "damaged trace"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 99}'), "a trace of version 99; this program reads 4"),
+        (gzip.compress(b'{"format": "minillm trace", "version": 4}'), "damaged trace"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: bytes | None, text: str) -> None:

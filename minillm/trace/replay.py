@@ -1,0 +1,240 @@
+"""The replay clock: a recorded trace laid out again, one device per rank, with a link of one's choice between them.
+
+Every stretch of computing takes the time it took its own thread, or the roofline's time on a named device; messages take
+the link's time; what has to happen before what stays as it was: program order on a rank, a message sent before it is
+received, a collective entered by all before it ends. So ranks that shared two cores, and took turns, stand side by side as
+if each had a device to itself. Record for it with `LLM.record_for_replay`. The file loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from minillm.hardware.devices import Device, Link
+from minillm.trace.trace import Clock, Kind, Span, Trace
+
+COMPUTE, WIRE = "compute", "wire"
+Message = tuple[str, int, int, int]  # group, sender, receiver, number in its series
+
+
+def replay(trace: Trace, link: Link | None = None, device: Device | None = None, dtype: str | None = None) -> Trace:
+    """The trace on the replay clock, from second 0; its requests' lives and its memory are left out.
+
+    Without a `link` messages take no time. With a `device` a step takes the slower of its operations and its bytes in
+    `dtype`, the trace's own by default, and what the host does between steps is left out. Deterministic.
+    Raises `ValueError` for a trace in which a rank waits for something that no rank does.
+    """
+    dtype = dtype or trace.about.get("dtype", "float32")
+    duration = _own_time(trace) if device is None else _roofline(device, dtype)
+    ranks = {rank: _Rank(rank, _program(trace, rank)) for rank in trace.ranks}
+    _Run(ranks, link, duration, host=device is None).go()
+    spans = sorted((span for rank in ranks.values() for span in rank.done), key=lambda span: (span.end_s, span.rank))
+    about = {**trace.about, "link": link.name if link else "no delay", **({"device": device.name} if device else {})}
+    return Trace(spans, clock=Clock.REPLAYED, about=about)
+
+
+def is_compute(span: Span) -> bool:
+    """Whether its time was spent on computing."""
+    return span.kind not in (Kind.COMMUNICATION, Kind.WAITING)
+
+
+def bubble_share(trace: Trace) -> float:
+    """The share of all ranks' time in which they do not compute, from the first to the last moment that somebody does.
+
+    For p equal stages and m equal micro-batches it is (p - 1) / (m + p - 1) (GPipe, section 2.3).
+    """
+    working = [span for span in trace.spans if is_compute(span)]
+    if not working:
+        raise ValueError("nothing was computed in this trace")
+    length = max(span.end_s for span in working) - min(span.start_s for span in working)
+    return 1 - sum(span.duration_s for span in working) / (length * len({span.rank for span in working}))
+
+
+def critical_path(trace: Trace) -> list[Span]:
+    """The spans of a replayed trace that made it as long as it is, first to last: each could begin only once the one before
+    had ended. Shortening anything else would change nothing.
+    """
+    rows: dict[int, list[Span]] = defaultdict(list)
+    wires = {_message(span): span for span in trace.spans if span.lane == WIRE}
+    for span in sorted(trace.spans, key=lambda span: (span.start_s, span.end_s)):
+        if span.lane != WIRE:
+            rows[span.rank].append(span)
+    here: Span | None = max((span for row in rows.values() for span in row), key=lambda span: span.end_s, default=None)
+    path: list[Span] = []
+    while here is not None:
+        if here.kind is Kind.WAITING:  # what was waited for has come from another rank
+            wire = wires[_message(here)]
+            path.append(wire)
+            here = _last_before(rows[wire.rank], wire.start_s)
+            while here is None or here.end_s < wire.start_s:  # the wire was taken by the message before
+                wire = wires[*_message(wire)[:3], wire.sequence - 1]
+                path.append(wire)
+                here = _last_before(rows[wire.rank], wire.start_s)
+            continue
+        path.append(here)
+        if here.kind is Kind.COMMUNICATION:  # a collective: whoever came last
+            same = [
+                span
+                for row in rows.values()
+                for span in row
+                if (span.group, span.sequence) == (here.group, here.sequence)
+            ]
+            here = max(same, key=lambda span: span.start_s)
+        row = rows[here.rank]
+        place = next(n for n, span in enumerate(row) if span is here)
+        here = row[place - 1] if place else None
+    return path[::-1]
+
+
+def collective_time_s(name: str, size: int, message_bytes: int, link: Link) -> float:
+    """What a collective over `size` ranks takes by the ring (or, for `broadcast` and `barrier`, tree) algorithm.
+
+    A ring's all-reduce is 2 (n - 1) rounds of 1/n of the message, all-gather and reduce-scatter n - 1 rounds (Patarasuk and
+    Yuan, 2009); `message_bytes` is what one rank puts in.
+    """
+    if size == 1:
+        return 0.0
+    rounds = (size - 1).bit_length()
+    each = {
+        "all_reduce": (2 * (size - 1), message_bytes / size),
+        "all_gather": (size - 1, message_bytes),
+        "reduce_scatter": (size - 1, message_bytes / size),
+        "all_to_all": (size - 1, message_bytes / size),
+        "broadcast": (rounds, message_bytes),
+        "barrier": (rounds, 0),
+    }
+    if name not in each:
+        raise ValueError(f"there is no formula for {name!r}; there are ones for {', '.join(each)}")
+    times, part = each[name]
+    return times * link.time_s(part)
+
+
+@dataclass
+class _Rank:
+    """Where a rank's program stands: the next span, and the clock of its device."""
+
+    number: int
+    program: list[Span]
+    at: int = 0
+    now_s: float = 0.0
+    done: list[Span] = field(default_factory=list)
+
+    @property
+    def next(self) -> Span | None:
+        return self.program[self.at] if self.at < len(self.program) else None
+
+
+class _Run:
+    """All ranks' programs, run side by side until each is through."""
+
+    def __init__(
+        self, ranks: dict[int, _Rank], link: Link | None, duration: Callable[[Span], float], host: bool
+    ) -> None:  # fmt: skip
+        self.ranks, self.link, self.duration, self.host = ranks, link, duration, host
+        self.arrivals: dict[Message, float] = {}
+        self.free_s: dict[tuple[int, int], float] = defaultdict(float)  # when a wire has taken the last message in
+        self.members = _members(span for rank in ranks.values() for span in rank.program)
+        self.entered: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+
+    def go(self) -> None:
+        """Advance ranks in turn; raise when none can go on."""
+        while any(rank.next is not None for rank in self.ranks.values()):
+            if not any([self._advance(rank) for rank in self.ranks.values()]):
+                stuck = next(rank for rank in self.ranks.values() if rank.next is not None)
+                span = stuck.next
+                assert span is not None
+                what = f"{span.name!r} from rank {span.peer}" if span.peer >= 0 else f"the others in {span.name!r}"
+                raise ValueError(f"the trace is not whole: rank {stuck.number} waits for {what}, which never comes")
+
+    def _advance(self, rank: _Rank) -> bool:
+        """Run a rank until it has to wait; returns whether it moved."""
+        moved = False
+        while (span := rank.next) is not None and self._run(rank, span):
+            rank.at += 1
+            moved = True
+        return moved
+
+    def _run(self, rank: _Rank, span: Span) -> bool:
+        """One span; False when it cannot end yet."""
+        if span.kind is Kind.WAITING:
+            return span.peer < 0 or self._receive(rank, span)  # idle for want of work: nothing to replay
+        if span.kind is Kind.COMMUNICATION:
+            return self._send(rank, span) if span.peer >= 0 else self._collective(rank, span)
+        rank.now_s += (span.gap_cpu_s or 0.0) if self.host else 0.0
+        self._keep(rank, span, rank.now_s + self.duration(span))
+        return True
+
+    def _send(self, rank: _Rank, span: Span) -> bool:
+        """The message leaves once the wire is free; a blocking sender waits until it has arrived."""
+        wire = (rank.number, span.peer)
+        start = max(rank.now_s, self.free_s[wire])
+        arrival = start + (self.link.time_s(span.message_bytes) if self.link else 0.0)
+        self.free_s[wire] = start + (span.message_bytes / self.link.bytes_per_s if self.link else 0.0)
+        self.arrivals[_message(span)] = arrival
+        rank.done.append(replace(span, start_s=start, end_s=arrival, cpu_s=None, gap_cpu_s=None))
+        if span.lane != WIRE:
+            rank.now_s = arrival
+        return True
+
+    def _receive(self, rank: _Rank, span: Span) -> bool:
+        arrival = self.arrivals.get(_message(span))
+        if arrival is None:
+            return False
+        if arrival > rank.now_s:
+            self._keep(rank, span, arrival)
+        return True
+
+    def _collective(self, rank: _Rank, span: Span) -> bool:
+        key = (span.group, span.sequence)
+        entered = self.entered[key]
+        entered.setdefault(rank.number, rank.now_s)
+        if len(entered) < len(self.members[key]):
+            return False
+        longest = max((s.message_bytes for r in self.members[key] for s in [self.members[key][r]]), default=0)
+        time_s = collective_time_s(span.name, len(entered), longest, self.link) if self.link else 0.0
+        self._keep(rank, span, max(entered.values()) + time_s)
+        return True
+
+    def _keep(self, rank: _Rank, span: Span, end_s: float) -> None:
+        """The span has run from now to `end_s`."""
+        rank.done.append(replace(span, start_s=rank.now_s, end_s=end_s, cpu_s=None, gap_cpu_s=None))
+        rank.now_s = end_s
+
+
+def _program(trace: Trace, rank: int) -> list[Span]:
+    """What a rank did, in the order in which it began it."""
+    return sorted((span for span in trace.spans if span.rank == rank), key=lambda span: span.start_s)
+
+
+def _message(span: Span) -> Message:
+    """Which message a span sends (communication) or waits for (waiting)."""
+    ends = (span.rank, span.peer) if span.kind is Kind.COMMUNICATION else (span.peer, span.rank)
+    return span.group, *ends, span.sequence
+
+
+def _members(spans: Iterable[Span]) -> dict[tuple[str, int], dict[int, Span]]:
+    """Every collective, and each member's span of it."""
+    members: dict[tuple[str, int], dict[int, Span]] = defaultdict(dict)
+    for span in spans:
+        if span.kind is Kind.COMMUNICATION and span.peer < 0:
+            members[span.group, span.sequence][span.rank] = span
+    return members
+
+
+def _own_time(trace: Trace) -> Callable[[Span], float]:
+    """What a span took its own thread; on a GPU, for which spans wait when they are recorded for replay, all its time."""
+    if trace.about.get("device") == "cuda":
+        return lambda span: span.duration_s
+    return lambda span: span.cpu_s if span.cpu_s is not None else span.duration_s
+
+
+def _roofline(device: Device, dtype: str) -> Callable[[Span], float]:
+    rate = device.flops_per_s(dtype)
+    return lambda span: max(span.flops / rate, span.memory_bytes / device.bytes_per_s)
+
+
+def _last_before(row: list[Span], when_s: float) -> Span | None:
+    """The last span of a rank that had ended by then."""
+    return next((span for span in reversed(row) if span.end_s <= when_s), None)
