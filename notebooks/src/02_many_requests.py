@@ -125,8 +125,8 @@ steps = [len(run.spans) for run in runs.values()]
 finding = "A seat that falls empty is taken at once, so the same work ends sooner"
 shorter.reveal(
     seconds[0] / seconds[1],
-    f"Counted in steps it is {steps[0]} against {steps[1]}, {steps[0] / steps[1]:.1f} times. Not all of it is "
-    "time saved: a static step with empty seats has fewer rows, and on this CPU is a little shorter.",
+    f"Counted in steps it is {steps[0]} against {steps[1]}, {steps[0] / steps[1]:.1f} times. Not all "
+    "of it is time saved: a static step with empty seats has fewer rows, and on this CPU is a little shorter.",
     draw_seats(runs, finding),
 )
 
@@ -152,7 +152,7 @@ for _ in range(3):  # in turns, so that what else the machine does hits all of t
 points = [Point(batch, batch / median(steps), median(steps)) for batch, steps in steps_s.items()]
 gain, price = points[-1].tokens_per_s / points[0].tokens_per_s, points[-1].tpot_s / points[0].tpot_s
 finding = f"32 at a time: {gain:.0f} times the tokens, and each waits {price:.1f} times as long"
-caption = f"measured · {llm.device.type.upper()}, one thread · SmolLM2-135M float32 · prompts of 4 tokens"
+caption = f"measured · {llm.device.type.upper()} · SmolLM2-135M float32 · prompts of 4 tokens"
 show(draw_curve({"this machine": points}, finding, caption))
 
 # %% [markdown]
@@ -188,7 +188,7 @@ from minillm.viz.requests import draw_requests
 whole = with_long_prompt(chunked_prefill=False)
 felt.reveal(
     2, "Who is in a step waits for all of it, and here everybody is in it.",
-    draw_requests(whole, "Read in one step, the prompt makes everybody wait: look at the gap between ticks"),
+    draw_requests(whole, "Read in one step, the prompt makes everybody wait: see the gap between ticks"),
 )
 
 # %% [markdown]

@@ -89,7 +89,9 @@ for rule, places in (("reserved", reserve([3, 5, 2], 8)), ("in blocks of 2", pag
 # %%
 from minillm.lesson.predict import Predict
 
-used = Predict("03.reserved", "At the fullest moment, how much of the held room has a token in it?", "%", 1, 100)
+used = Predict(
+    "03.reserved", "At the fullest moment, how much of the held room has a token in it?", "%", 1, 100
+)
 used
 
 # %% [markdown]
@@ -106,8 +108,8 @@ share = [filled for _, holders, filled in cells if holders]
 used.reveal(
     100 * sum(share) / len(share),
     "Each of the four holds room for 256 tokens and ends with fewer than 70. The other four requests "
-    "wait, though most places are empty. In systems of its day, the paper on PagedAttention (2023) measured "
-    "20 to 38 % of the memory kept for KV in use.",
+    "wait, though most places are empty. In systems of its day, the paper on PagedAttention (2023) "
+    "measured 20 to 38 % of the memory kept for KV in use.",
     draw_blocks(caches, "The waste was reserved, not used",
                 f"{where} · the same 1,024 places, 8 requests"),
 )
@@ -116,7 +118,7 @@ used.reveal(
 for name, engine in (("reserved", reserving), ("paged", paged)):
     spans = engine.trace.spans
     at_once = max(len(span.request_ids) for span in spans)
-    print(f"{name:9} {at_once} requests at a time, {8 - at_once} wait for room; {len(spans)} steps in all")
+    print(f"{name:9} {at_once} requests at a time, {8 - at_once} wait for room; {len(spans)} steps")
 tokens = {name: [request.token_ids for request in each] for name, each in requests.items()}
 print("the same tokens:", tokens["reserved"] == tokens["paged"])
 
@@ -141,7 +143,7 @@ print(f"{len(ids[0])} and {len(ids[1])} tokens; the first {alike} are the same")
 
 # %%
 sooner = Predict(
-    "03.prefix", "How many times sooner does the second visitor get the first word, with reuse?", "×", 1, 100
+    "03.prefix", "How many times sooner, with reuse, does the second visitor get a word?", "×", 1, 100
 )
 sooner
 
@@ -155,9 +157,9 @@ for switch in (False, True):
 print("the same tokens:", said[True] == said[False])
 sooner.reveal(
     seconds[False] / seconds[True],
-    f"{output.metrics.reused_tokens} of {len(output.prompt_token_ids)} tokens, whole blocks, were there already. "
-    "The few that were not still go through all the weights, a step at least: lesson 01. Blocks that nobody "
-    "holds are kept until their room is needed; the least recently used go first.",
+    f"{output.metrics.reused_tokens} of {len(output.prompt_token_ids)} tokens, whole blocks, were there "
+    "already. The few others still go through all the weights, a step at least: lesson 01. Blocks that "
+    "nobody holds are kept until their room is needed; the least recently used go first.",
 )
 
 # %% [markdown]
@@ -219,7 +221,7 @@ show_source("policy.blocks.BlockPool.take")
 
 # %%
 wrong = Predict("03.no_copy", "What comes out?", choices=(
-    "an error", "three right answers", "three times the same answer", "no error: some right, some wrong"))
+    "an error", "three right answers", "three times the same answer", "no error: one right, two wrong"))
 wrong
 
 # %%
@@ -241,8 +243,8 @@ with patch.object(BlockTable, "write", no_copy):
     bad = sampling.generate(forks, three)[0]
 pairs = list(zip(bad.samples, good.samples))
 broken = [mine for mine, theirs in pairs if mine.token_ids != theirs.token_ids]
-wrong.reveal(3, f"{3 - len(broken)} of 3 is right. Where all three write, the words of the last one stay, and the "
-                f"others attend to them: “{broken[0].text.strip()}” No error tells.")
+wrong.reveal(3, f"{3 - len(broken)} of 3 is right. Where all three write, the words of the last one "
+                f"stay, and the others attend to them: “{broken[0].text.strip()}” No error tells.")
 
 # %% [markdown]
 # ## What if: another device, longer texts
@@ -262,7 +264,7 @@ texts = {"chats of 50 to 600 tokens": lambda longest: (50, 120, 300, 600),
 def draw_what_if(device, model, sequences):
     config = SHAPES[model]
     lengths = texts[sequences](config.max_positions)
-    caption = f"computed from shapes · {device} · {model} float16 · {sequences} · 90 % of memory used"
+    caption = f"computed · {device} · {model} float16 · {sequences} · 90 % of memory used"
     return draw_room(find_device(device), config, "float16", lengths, caption)
 
 
@@ -303,8 +305,8 @@ from minillm.lesson.exercises.lesson_03 import method_of
 
 with patch.object(BlockTable, "write", method_of(write)):
     yours = sampling.generate(forks, three)[0]
-pairs = zip(yours.samples, good.samples)
-print(f"write is {whose(write)}; the same tokens:", all(mine.token_ids == right.token_ids for mine, right in pairs))
+same = [mine.token_ids == right.token_ids for mine, right in zip(yours.samples, good.samples)]
+print(f"write is {whose(write)}; the same tokens: {all(same)}")
 
 # %% [markdown]
 # ## Passport

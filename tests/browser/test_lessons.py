@@ -222,7 +222,7 @@ def test_lesson_03(browser: Any, lab: str) -> None:
     assert "13 of 25: " in live.inner_text()
     forks = page.locator(".minillm-card", has_text="Three answers share").first
     assert "×3" in forks.locator("svg").text_content()
-    ask = page.locator(".minillm-card", has_text="How much of the reserved room is filled")
+    ask = page.locator(".minillm-card", has_text="At the fullest moment, how much of the held room")
     assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
     ask.first.locator("button", has_text="Skip").click()
     assert "Measured: 19.5 %" in ask.last.inner_text()  # counts, so the same everywhere
