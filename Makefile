@@ -41,7 +41,7 @@ test: setup-test
 
 soak: setup-test
 	MINILLM_FAULT_SEEDS=100 $(BIN)/python -m pytest -q tests/faults
-	MINILLM_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/policy tests/engine
+	MINILLM_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/policy tests/engine tests/parallel
 	MINILLM_ALL_LESSONS=1 $(BIN)/python -m pytest -q tests/browser
 
 # All GPU tests and benchmarks, with the Python given and nothing installed: make gpu OUT=folder PYTHON=python3
@@ -51,7 +51,7 @@ gpu:
 
 # Every benchmark of bench/, raw figures to bench/results
 bench: setup-test
-	@for script in ranks decode trace serving; do $(BIN)/python bench/$$script.py; done
+	@for script in ranks decode trace serving pipeline; do $(BIN)/python bench/$$script.py; done
 
 lint: setup-test
 	$(BIN)/ruff check --fix .

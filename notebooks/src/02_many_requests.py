@@ -126,7 +126,7 @@ finding = "A seat that falls empty is taken at once, so the same work ends soone
 shorter.reveal(
     seconds[0] / seconds[1],
     f"Counted in steps it is {steps[0]} against {steps[1]}, {steps[0] / steps[1]:.1f} times. Not all "
-    "of it is time saved: a static step with empty seats has fewer rows, and on this CPU is a little shorter.",
+    "of it is time saved: a static step with empty seats has fewer rows, and on this CPU is shorter.",
     draw_seats(runs, finding),
 )
 
