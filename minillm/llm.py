@@ -15,6 +15,7 @@ from minillm.engine.engine import Engine
 from minillm.engine.intake import Intake, Prompt
 from minillm.engine.request import Piece, Request, RequestOutput, number, with_twins
 from minillm.engine.runner import LocalRunner
+from minillm.hardware.machine import usable_cores
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
 from minillm.model.config import DTYPE_BYTES, read_config
@@ -265,6 +266,8 @@ class LLM:
             "layout": str(self.layout),
             "device": self.device.type,
         }
+        if self.layout.world_size > 1 and self.device.type == "cpu":
+            about |= {"ranks": f"{self.layout.world_size} ranks", "cores": usable_cores()}
         return Recorder(timing=self.timing, **about, **options)
 
     def _check_open(self) -> None:

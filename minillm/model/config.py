@@ -77,10 +77,15 @@ class ModelConfig:
     @property
     def parameters(self) -> int:
         """How many numbers the weights hold; tied embeddings count once."""
+        ends = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.layers * self.layer_parameters + self.hidden_size + ends
+
+    @property
+    def layer_parameters(self) -> int:
+        """How many numbers the weights of one layer hold."""
         q, kv, h = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden_size
         attention = h * (q + 2 * kv) + q * h + self.qkv_bias * (q + 2 * kv) + self.out_bias * h
-        layer = attention + 3 * h * self.intermediate_size + 2 * h + self.qk_norm * 2 * self.head_dim
-        return self.layers * layer + h + self.vocab_size * h * (1 if self.tied_embeddings else 2)
+        return attention + 3 * h * self.intermediate_size + 2 * h + self.qk_norm * 2 * self.head_dim
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,8 @@ def replay(trace: Trace, link: Link | None = None, device: Device | None = None,
     ranks = {rank: _Rank(rank, _program(trace, rank)) for rank in trace.ranks}
     _Run(ranks, link, duration, host=device is None).go()
     spans = sorted((span for rank in ranks.values() for span in rank.done), key=lambda span: (span.end_s, span.rank))
-    about = {**trace.about, "link": link.name if link else "no delay", **({"device": device.name} if device else {})}
+    about = {key: value for key, value in trace.about.items() if key not in ("ranks", "cores")}  # one device each
+    about |= {"link": link.name if link else "no delay", **({"device": device.name} if device else {})}
     return Trace(spans, clock=Clock.REPLAYED, about=about)
 
 

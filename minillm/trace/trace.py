@@ -110,6 +110,10 @@ class Trace:
         """When the last span ended; 0 for a trace without spans."""
         return max((span.end_s for span in self.spans), default=0.0)
 
+    def only(self, lane: str) -> Trace:
+        """The same run with the spans of one lane, such as "compute"."""
+        return replace(self, spans=[span for span in self.spans if span.lane == lane])
+
     def peak_bytes(self, rank: int) -> dict[Category, int]:
         """The most that a rank held at any time, by category."""
         peaks: dict[Category, int] = {}

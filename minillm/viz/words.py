@@ -17,7 +17,8 @@ def caption_of(trace: Trace, *more: str) -> str:
     about = trace.about
     device = _DEVICES.get(about.get("device", ""), about.get("device", ""))
     model = f"{_short(about.get('model', ''))} {about.get('dtype', '')}".strip()
-    parts = [trace.clock.value, device, model, about.get("layout", ""), *more]
+    ranks = f"{about['ranks']} on {about['cores']} cores" if "ranks" in about else ""
+    parts = [trace.clock.value, device, ranks, about.get("link", ""), model, about.get("layout", ""), *more]
     return " · ".join(part for part in parts if part)
 
 

@@ -21,7 +21,7 @@ from minillm.viz.style import png
 EXERCISES = all_exercises()
 SCREEN_LINES, SCREEN_COLUMNS = 12, 200
 
-TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE, WASTE, KNOWN, WRITE = (
+TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE, WASTE, KNOWN, WRITE, EVEN, FULLEST, CUT = (
     EXERCISES[name].solution
     for name in (
         "00.total",
@@ -36,6 +36,9 @@ TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE, WASTE, KNOWN, WRIT
         "03.waste",
         "03.known_tokens",
         "03.write",
+        "04.even_stages",
+        "04.fullest",
+        "04.cut",
     )  # fmt: skip
 )
 
@@ -95,6 +98,13 @@ WRONG = {
     "03.write, not released": ("03.write", WRITE.replace("        release(old)\n", ""), ["blocks still held when all have ended: expected 0, got 1"]),
     "03.write, always copied": ("03.write", WRITE.replace("> 1", ">= 1"), ["took 3 blocks taken from the pool; the target is 2, 1.5× as much"]),
     "03.write, off by one": ("03.write", WRITE.replace("< length:", "<= length:"), ["8 tokens need 2 blocks, but the table has 3"]),
+    "04.even_stages, the last ones take more": ("04.even_stages", EVEN.replace("stage < rest", "stage >= stages - rest"), ["5 layers, 2 stages: stage 0: expected 3, got 2"]),
+    "04.fullest, no head": ("04.fullest", FULLEST.replace("held[-1] += head", ""), ["a head of 5: expected 35, got 30"]),
+    "04.fullest, the head everywhere": ("04.fullest", FULLEST.replace("return max(held)", "return max(held) + head"), ["stages of 1 and 3 layers, a head of 5: expected 35, got 40"]),
+    "04.cut, even": ("04.cut", EVEN.replace("even_stages(layers, stages)", "cut(layers, stages, first, last)").replace("divmod(layers", "divmod(len(layers)"), ["a head as heavy as 2 layers: weight of the heaviest stage: expected 30, got 40"]),
+    "04.cut, one stage too few": ("04.cut", CUT.replace("return next(", "return [*next(").replace("is not None)\n", "is not None)][1:]\n"), ["2 stages were asked for, but the list has 1"]),
+    "04.cut, an empty stage": ("04.cut", "def cut(layers, stages, first, last):\n    return [len(layers)] + [0] * (stages - 1)\n", ["[4, 0] leaves stage 1 without a layer"]),
+    "04.cut, a layer lost": ("04.cut", "def cut(layers, stages, first, last):\n    return [1] * stages\n", ["[1, 1] are 2 layers, but there are 4"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 
