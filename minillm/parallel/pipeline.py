@@ -178,7 +178,8 @@ class Stage:
 
     def read_note(self, note: Transfer) -> Work | None:
         """The work of a note; a long one has a second part. None: no more."""
-        data = bytes(note.wait().numpy())
+        with self.recorder.span(Kind.WAITING, "work"):
+            data = bytes(note.wait().numpy())
         size = int.from_bytes(data[:8], "little")
         if size > NOTE_BYTES - 8:
             rest = self.pipe.notes.recv(torch.empty(size, dtype=torch.uint8), self.pipe.stage - 1)

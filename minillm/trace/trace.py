@@ -111,8 +111,8 @@ class Trace:
         return max((span.end_s for span in self.spans), default=0.0)
 
     def only(self, lane: str) -> Trace:
-        """The same run with the spans of one lane, such as "compute"."""
-        return replace(self, spans=[span for span in self.spans if span.lane == lane])
+        """The spans of one lane, such as "compute", alone: without the others, and without the memory."""
+        return replace(self, spans=[span for span in self.spans if span.lane == lane], memory=[])
 
     def peak_bytes(self, rank: int) -> dict[Category, int]:
         """The most that a rank held at any time, by category."""

@@ -46,11 +46,12 @@ prompt = four.tokenizer.chat([{"role": "user", "content": "What is the capital o
 from minillm.viz.live import Timeline
 
 live = Timeline(finding="One question on four ranks: one works, three wait")
-display(live)
+shown = display(live, display_id=True)
 four.on_span = live.push
 answer = four.generate([prompt], SamplingParams(max_tokens=7))[0]
 four.on_span = None
 live.show(four.trace.only("compute"))
+shown.update(live)
 print(answer.text)
 
 # %% [markdown]
@@ -236,8 +237,8 @@ def draw_what_if(device, model, link):
                       "float16", caption)
 
 
-WhatIf(draw_what_if, "How many devices does it take?", device=["T4", "A100 80GB", "H200"],
-       model=["Llama-3.1-8B", "Llama-3.1-70B", "SmolLM2-135M"],
+WhatIf(draw_what_if, "How many devices does it take?", device=["A100 80GB", "T4", "H200"],
+       model=["Llama-3.1-70B", "Llama-3.1-8B", "SmolLM2-135M"],
        link=["PCIe 4 x16", "NVLink 3", "100 Gbit/s", "1 Gbit/s"])
 
 # %% [markdown]
