@@ -7,6 +7,7 @@ Writes bench/results/pipeline.json. One thread a rank, SmolLM2 in float32; engin
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ratio, save, side_by_side
+from harness import RESULTS, ratio, save, side_by_side
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
 from minillm.parallel.balance import balance, measure_costs
@@ -187,9 +188,11 @@ def main() -> None:
         "weights": weights,
     }
     asked = sys.argv[1:] or list(parts)
+    stored = RESULTS / "pipeline.json"
+    before = json.loads(stored.read_text()) if stored.exists() else {}
     with LLM(device="cpu") as one:
         figures = {name: parts[name](one) for name in asked}
-    save("pipeline", figures)
+    save("pipeline", {name: before[name] for name in parts if name in before} | figures)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ _LOOK = {
 }  # fmt: skip
 
 
-def script(name: str) -> str:
-    """The browser's program: the course's colours, what all pictures share, and the picture's own file."""
+def script(*names: str) -> str:
+    """The browser's program: the course's colours, what all pictures share, and the picture's own files."""
     parts = [
         f"const LOOK = {json.dumps(_LOOK)};",
-        *((_SCRIPTS / f"{each}.js").read_text(encoding="utf-8") for each in ("common", name)),
+        *((_SCRIPTS / f"{each}.js").read_text(encoding="utf-8") for each in ("common", *names)),
     ]
     return "\n".join(parts)
 

@@ -80,7 +80,9 @@ for name, stage in devices.items():
 # %%
 from minillm.lesson.predict import Predict
 
-seconds = Predict("04.seconds", "How long do four take, each with a quarter of the layers?", "s", 0.1, 10)
+seconds = Predict(
+    "04.seconds", "How long do four take, each with a quarter of the layers?", "s", 0.1, 10
+)
 seconds
 
 # %% [markdown]
@@ -106,8 +108,8 @@ from minillm.viz.timeline import draw_timeline
 stairs = four.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True)) and four.trace
 seconds.reveal(
     tpot["four"] / tpot["one"],
-    "Layer 9 needs what layer 8 gives. However many devices there are, the layers run one after the other, "
-    "and somebody always hands on. Speed does not add up.",
+    "Layer 9 needs what layer 8 gives. However many devices there are, the layers run one after the "
+    "other, and handing on takes time too. Speed does not add up.",
     draw_timeline(stairs.only("compute"), "The staircase: whoever is not on a step waits"),
 )
 
@@ -129,8 +131,8 @@ weights = {"one device": one.trace, "four stages": four.trace}
 held = [sum(four.trace.peak_bytes(rank).values()) for rank in range(4)]
 fullest.reveal(
     100 * max(held) / sum(one.trace.peak_bytes(0).values()),
-    "The first stage has the embedding too, a table of 49,152 words, and the last one the LM head. In SmolLM2 "
-    "they are the same numbers, and one device needs them once; here both ends hold them.",
+    "The first stage has the embedding too, a table of 49,152 words, and the last one the LM head. In "
+    "SmolLM2 they are the same numbers, and one device needs them once; here both ends hold them.",
     draw_memory(weights, "Four ranks share the layers; the ends carry more"),
 )
 
@@ -144,7 +146,8 @@ from minillm.parallel.shards import Shard
 for rank, loaded in enumerate(four.instance.loaded):
     shard = Shard(four.config, four.layout, rank)
     layers = f"layers {shard.layers.start:2}-{shard.layers.stop - 1:2}"
-    print(f"rank {rank}: {layers}  predicted {shard.weight_bytes(4):11,} bytes, holds {loaded.weight_bytes:11,}")
+    predicted, held = shard.weight_bytes(4), loaded.weight_bytes
+    print(f"rank {rank}: {layers}  predicted {predicted:11,} bytes, holds {held:11,}")
 
 # %% [markdown]
 # And what the weights leave free is room for the KV cache, on every device. A stage caches its own layers only, so one
@@ -174,8 +177,10 @@ show_source("parallel.pipeline.Stage.pass_on")
 # the one at the last cut, number 22.
 
 # %%
-lost = Predict("04.lost_layer", "What comes out, once without layer 8, once without layer 22?", choices=(
-    "an error, both times", "noise, both times", "nonsense, and a fluent answer", "the right answer, both times"))
+lost = Predict(
+    "04.lost_layer", "What comes out, once without layer 8, once without layer 22?",
+    choices=("an error, both times", "noise, both times", "nonsense, and then a fluent answer",
+             "the right answer, both times"))
 lost
 
 # %%
@@ -193,8 +198,8 @@ def without(layer):
 
 lost.reveal(
     2,
-    f"Without 8: “{without(8)}” Without 22: “{without(22)}” No error tells. Only a comparison with one device "
-    "does, token by token; every layout of this course is held to it.",
+    f"Without 8: “{without(8)}” Without 22: “{without(22)}” No error tells. Only a comparison with one "
+    "device does, token by token; every layout of this course is held to it.",
 )
 
 # %% [markdown]
@@ -232,7 +237,7 @@ from minillm.viz.whatif import WhatIf
 
 
 def draw_what_if(device, model, link):
-    caption = f"planned by the roofline · {device} · {link} · {model} float16, one sequence · host by PCIe 4 x16"
+    caption = f"planned by the roofline · {device} · {link} · {model} float16 · host by PCIe 4 x16"
     return draw_stack(find_device(device), find_link(link), find_link("PCIe 4 x16"), SHAPES[model],
                       "float16", caption)
 

@@ -16,6 +16,12 @@ function render({ model, el }) {
     model.set("asked", { number: model.get("drawn") + 1, values: { ...values } }); // never equal to the last one
     model.save_changes();
   }
+  const strip = model.get("strip");
+  if (strip.sizes) {
+    const place = element("div", { marginBottom: "4px" });
+    box.insertBefore(place, bar);
+    cutStrip(place, strip.sizes, strip.ends, (sizes) => { values.sizes = sizes; send(); });
+  }
   for (const [name, choices] of Object.entries(model.get("controls"))) {
     const line = element("label", { display: "flex", alignItems: "center", gap: "6px" }, bar, name);
     const numbers = choices.every((choice) => typeof choice === "number");
