@@ -16,6 +16,7 @@ from typing import Any
 
 import traitlets
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from minillm.viz.style import FAINT, GUESS, INK, frame, new_figure, png, stacked
 from minillm.viz.widget import InteractivePicture, script
@@ -110,6 +111,7 @@ class Predict(InteractivePicture):
         axis.spines["left"].set_visible(False)
         ticks = round_ticks(self.low, self.high)
         axis.set_xticks(ticks, [f"{plain(tick)} {self.unit}" for tick in ticks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         if self.truth is not None:
             place = min(max(self.truth, self.low), self.high)
             axis.vlines(place, 0, 0.7, color=INK, linewidth=4)

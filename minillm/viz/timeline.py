@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from minillm.trace.replay import bubble_share
 from minillm.trace.trace import Category, Kind, Trace
 from minillm.viz.style import INK, STYLE, WIDTH, frame, legend
-from minillm.viz.words import CATEGORY_COLOURS, KIND_COLOURS, byte_unit, caption_of, time_unit
+from minillm.viz.words import CATEGORY_COLOURS, KIND_COLOURS, byte_unit, caption_of, plain, time_unit
 
 LEGEND = {
     Kind.PREFILL: "prefill: reads the prompt",
@@ -44,16 +45,39 @@ def draw_timeline(
             1 + timed, 1, sharex=True, height_ratios=[upper * len(lanes) + 0.4, 1.3][: 1 + timed], squeeze=False
         )  # fmt: skip
     scale, unit = time_unit(trace.end_s - trace.start_s)
-    _draw_lanes(rows[0, 0], trace, lanes, notes, scale)
+    draw_lanes(rows[0, 0], trace, lanes, notes, scale)
     if timed:
         _draw_memory(rows[1, 0], trace, _fullest(trace) if memory_rank is None else memory_rank, scale)
     rows[-1, 0].set(xlabel=f"time ({unit})", xlim=(0, (trace.end_s - trace.start_s) * scale * 1.01 or 1.0))
     return frame(figure, finding, caption_of(trace) if caption is None else caption)
 
 
-def _draw_lanes(
-    axis: Any, trace: Trace, lanes: list[tuple[int, str]], notes: Sequence[str], scale: float
+def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str) -> Figure:
+    """One panel per run over a common time axis: what each rank did, how long it took, and the share that was idle.
+
+    Raises `ValueError` for a run in which nothing was computed.
+    """
+    shown = {name: trace.only("compute") for name, trace in runs.items()}
+    length_s = max(trace.end_s - trace.start_s for trace in shown.values())
+    scale, unit = time_unit(length_s)
+    with mpl.rc_context(STYLE):
+        rows = [len(trace.ranks) for trace in shown.values()]
+        figure = Figure(figsize=(WIDTH, 1.0 + 0.5 * len(runs) + 0.3 * sum(rows)), layout="constrained")
+        axes = figure.subplots(len(runs), 1, sharex=True, height_ratios=rows, squeeze=False)[:, 0]
+    for number, (axis, (name, trace)) in enumerate(zip(axes, shown.items())):
+        draw_lanes(axis, trace, sorted({(span.rank, span.lane) for span in trace.spans}), (), scale, keys=number == 0)
+        took = plain((trace.end_s - trace.start_s) * scale)
+        axis.set_title(
+            f"{name}: {took} {unit}, {bubble_share(trace):.0%} of the ranks' time is bubble", loc="left", fontsize=10
+        )
+    axes[-1].set(xlabel=f"time ({unit})", xlim=(0, length_s * scale * 1.01))
+    return frame(figure, finding, caption)
+
+
+def draw_lanes(
+    axis: Any, trace: Trace, lanes: list[tuple[int, str]], notes: Sequence[str], scale: float, keys: bool = True
 ) -> None:  # fmt: skip
+    """Lane under lane, a bar for each span; with `keys` the colours' meaning above."""
     place = {lane: row for row, lane in enumerate(lanes)}
     edge = (trace.end_s - trace.start_s) / 250  # narrower bars get no white edge, or it would cover them
     for span in trace.spans:
@@ -73,8 +97,8 @@ def _draw_lanes(
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     kinds = [kind for kind in KIND_COLOURS if any(span.kind is kind for span in trace.spans)]
-    handles = [_patch(kind) for kind in kinds]
-    legend(axis, handles, [LEGEND[kind] for kind in kinds])
+    if keys:
+        legend(axis, [_patch(kind) for kind in kinds], [LEGEND[kind] for kind in kinds])
 
 
 def _patch(kind: Kind) -> Patch:

@@ -21,7 +21,26 @@ from minillm.viz.style import png
 EXERCISES = all_exercises()
 SCREEN_LINES, SCREEN_COLUMNS = 12, 200
 
-TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE, WASTE, KNOWN, WRITE, EVEN, FULLEST, CUT = (
+(
+    TOTAL,
+    TELL,
+    SHIFT,
+    CACHE,
+    KV,
+    BATCH,
+    STEPS,
+    SEATS,
+    SCHEDULE,
+    WASTE,
+    KNOWN,
+    WRITE,
+    EVEN,
+    FULLEST,
+    CUT,
+    ENDS,
+    SIZES,
+    GROUPS,
+) = (
     EXERCISES[name].solution
     for name in (
         "00.total",
@@ -39,6 +58,9 @@ TOTAL, TELL, SHIFT, CACHE, KV, BATCH, STEPS, SEATS, SCHEDULE, WASTE, KNOWN, WRIT
         "04.even_stages",
         "04.fullest",
         "04.cut",
+        "05.ends",
+        "05.sizes",
+        "05.groups",
     )  # fmt: skip
 )
 
@@ -105,6 +127,14 @@ WRONG = {
     "04.cut, one stage too few": ("04.cut", CUT.replace("return next(", "return [*next(").replace("is not None)\n", "is not None)][1:]\n"), ["2 stages were asked for, but the list has 1"]),
     "04.cut, an empty stage": ("04.cut", "def cut(layers, stages, first, last):\n    return [len(layers)] + [0] * (stages - 1)\n", ["[4, 0] leaves stage 1 without a layer"]),
     "04.cut, a layer lost": ("04.cut", "def cut(layers, stages, first, last):\n    return [1] * stages\n", ["[1, 1] are 2 layers, but there are 4"]),
+    "05.ends, the stage before is forgotten": ("05.ends", ENDS.replace("max(now, arrived[batch])", "now"), ["2 stages, 1 micro-batch: stage 1: expected 5, got 3"]),
+    "05.ends, one after the other": ("05.ends", ENDS.replace("        now = 0\n", "        now = max(arrived)\n"), ["2 equal stages, 3 micro-batches: stage 1: expected 8, got 12"]),
+    "05.ends, one number": ("05.ends", ENDS.replace("return result", "return result[-1]"), ["return a list with a number for each of the 1 stages"]),
+    "05.sizes, the head in front": ("05.sizes", SIZES.replace("return best[1]", "return best[1][::-1]"), ["the slowest stage takes: expected 40, got 60"]),
+    "05.sizes, a layer lost": ("05.sizes", SIZES.replace("return best[1]", "return best[1][:-1] + [1]"), ["every stage takes a layer at least, and all together 6"]),
+    "05.groups, in order": ("05.groups", GROUPS.replace("sorted(contexts, reverse=True)", "sorted(contexts)"), ["it took", "µs; the target is"]),
+    "05.groups, one lost": ("05.groups", GROUPS.replace("return result", "result[0].pop()\n    return result"), ["the groups hold 3 requests that are not the 4 given"]),
+    "05.groups, too few": ("05.groups", GROUPS.replace("range(stages)", "range(stages - 1)"), ["2 groups are in flight, but there are 1"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 
