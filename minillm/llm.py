@@ -23,7 +23,7 @@ from minillm.model.decoder import Decoder
 from minillm.model.linear import pack
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
-from minillm.model.weights import load_weights
+from minillm.model.weights import check_names, load_weights
 from minillm.parallel.instance import Instance, RemoteEngine
 from minillm.parallel.layout import Layout
 from minillm.parallel.member import score
@@ -66,13 +66,15 @@ class LLM:
         self.tokenizer = Tokenizer(self.folder)
         self.intake = Intake(self.config, self.tokenizer)
         self._started: Ranks | None = None  # by this LLM, which ends them
+        self._owns = True  # the weights; its twins of other options do not
         if self.layout.world_size == 1:
             _refuse_ranks(ranks)
             self.model = Decoder(self.config)
             load_weights(self.model, self.folder, self.device, self.dtype)
             pack(self.model)
         else:
-            self.instance = Instance(self._seats(ranks), self.folder, self.layout, self.dtype)
+            check_names(self.config, self.folder)
+            self.instance = self._on_ranks(ranks)
         self.next_id = 0  # of requests, from 0 in every trace
         self.trace = Trace()
         self.timing = True  # False leaves the clocks out of the spans of `trace`; counts stay
@@ -144,7 +146,9 @@ class LLM:
             return self.engine.step() if self.engine.requests else []
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """End requests; their blocks are free at once. Those that have ended stay as they are."""
+        """End requests; their blocks are free at once or, on ranks, when the batches under way are back. Those that have ended
+        stay as they are.
+        """
         if "engine" in self.__dict__:
             self.engine.cancel(requests)
 
@@ -165,7 +169,7 @@ class LLM:
         self.intake.check(token_ids)
         if self.layout.world_size > 1:
             self.instance.ready()
-            return self.instance.ranks.run(score, token_ids)[-1]
+            return self._score_on_ranks(token_ids)
         cache = PagedCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
@@ -176,19 +180,21 @@ class LLM:
         """The same weights under an engine of its own, with other limits and switches."""
         twin = copy.copy(self)
         twin.__dict__.pop("engine", None)
-        twin.options, twin.trace, twin._started = _options(options), Trace(), None
+        twin.options, twin.trace, twin._started, twin._owns = _options(options), Trace(), None, False
         twin._check_open()
         return twin
 
     def close(self) -> None:
         """Let go of the weights and the KV cache, and end the ranks that it started."""
         engine = self.__dict__.pop("engine", None)
-        if isinstance(engine, RemoteEngine) and self._started is None:
-            engine.close()
         self.__dict__.pop("model", None)
-        self.__dict__.pop("instance", None)
+        instance = self.__dict__.pop("instance", None)
         if self._started is not None:
             self._started.close()
+        elif isinstance(engine, RemoteEngine):
+            engine.close()
+        if instance is not None and self._owns:
+            instance.close()
 
     def __repr__(self) -> str:
         return f"LLM({self.folder.name}, layout={str(self.layout)!r}, {self.device.type})"
@@ -209,8 +215,8 @@ class LLM:
             return RemoteEngine(self.instance, self.options, recorder)
         return Engine(LocalRunner(self.model, self.options), self.options, recorder)
 
-    def _seats(self, ranks: Ranks | None) -> Ranks:
-        """The ranks to run on."""
+    def _on_ranks(self, ranks: Ranks | None) -> Instance:
+        """The weights on the ranks given, or on ranks of its own, which end with it."""
         if ranks is None:
             ranks = self._started = Ranks(self.layout.world_size, device=self.device.type)
         if ranks.world_size != self.layout.world_size:
@@ -218,7 +224,26 @@ class LLM:
                 f"layout {str(self.layout)!r} takes {self.layout.world_size} ranks, but these are {ranks.world_size}: "
                 f"make Ranks({self.layout.world_size}), or leave ranks= out"
             )
-        return ranks
+        if ranks.backend.device_type != self.device.type:
+            raise ValueError(
+                f"these ranks compute on {ranks.backend.device_type}, not on {self.device.type}: "
+                f"pass device={ranks.backend.device_type!r}"
+            )
+        try:
+            return Instance(ranks, self.folder, self.layout, self.dtype)
+        except BaseException:
+            if self._started is not None:
+                self._started.close()
+            raise
+
+    def _score_on_ranks(self, token_ids: list[int]) -> torch.Tensor:
+        if self.engine.has_work:
+            raise ValueError("other requests are running: let them end first")
+        self.instance.ready()
+        recorder = self._new_recorder(on_span=self.on_span)
+        self.trace = recorder.trace
+        with recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
+            return self.instance.ranks.run(score, self.instance.name, token_ids)[-1]
 
     def _aside(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, recorder: Recorder,

@@ -34,6 +34,7 @@ class Engine:
         self.scheduler = Scheduler(pool, options, order, runner.depth)
         self.requests: dict[int, Request] = {}
         self.under_way: deque[Work] = deque()
+        self.steps = 0
         self.failed: frozenset[int] = frozenset()  # who was in a step that ended in the last error
         self.record(recorder)
 
@@ -55,10 +56,13 @@ class Engine:
         """Raise `ValueError` when so many samples of one prompt can never run together."""
         self.scheduler.check_samples(samples)
 
-    def record(self, recorder: Recorder, baton: bool = False) -> None:
-        """Let `recorder` have what happens from now on. A `baton` is for ranks; here one computes at a time anyway."""
+    def record(self, recorder: Recorder, baton: bool = False, fresh: bool = True) -> None:
+        """Let `recorder` have what happens from now on; steps count from 1 again if it is `fresh`.
+
+        A `baton` is for ranks; here one computes at a time anyway.
+        """
         self.recorder = recorder
-        self.steps = 0
+        self.steps = 0 if fresh else self.steps
         self.runner.record(recorder)
 
     def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:

@@ -139,12 +139,15 @@ def weight_bytes(model: Decoder) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def default_num_blocks(model: Decoder, options: EngineOptions) -> int:
-    """As many blocks as the longest sequences can use together, within the memory that is kept for the cache."""
+def default_num_blocks(model: Decoder, options: EngineOptions, sharers: int = 1) -> int:
+    """As many blocks as the longest sequences can use together, within the memory that is kept for the cache.
+
+    `sharers` is how many ranks will take theirs from the same GPU.
+    """
     config = model.config
     block_bytes = options.block_size * config.kv_numbers_per_token * model.dtype.itemsize
     longest = -(-config.max_positions // options.block_size)
     room = CPU_CACHE_BYTES
     if model.device.type == "cuda":
-        room = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE)
+        room = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE / sharers)
     return max(1, min(longest * options.max_running, room // block_bytes))

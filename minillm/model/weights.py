@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from minillm.model.checkpoint import Tensors
+from minillm.model.config import ModelConfig
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
 
@@ -75,13 +76,25 @@ def load_weights(
     if model.config.tied_embeddings and isinstance(model.lm_head, Linear):
         model.lm_head.weight = model.embed_tokens.weight
         used.add("lm_head.weight")
-    extra = sorted(name for name in tensors.names - used if not name.endswith(_IGNORED))
-    if extra and complete:
-        raise ValueError(
-            f"{folder} holds {extra[0]} ({len(extra)} such), which a {model.config.family} decoder does not use"
-        )
+    if complete:
+        _refuse_extra(folder, model.config, tensors.names - used)
     model.frequencies = model.frequencies.to(device)
     return tensors.bytes_read
+
+
+def check_names(config: ModelConfig, folder: Path) -> None:
+    """Raise `ValueError` when a checkpoint has not exactly the tensors of such a model; no weights are read."""
+    names = {name if name.startswith("lm_head.") else f"model.{name}" for name in config.tensors}
+    tensors = Tensors(folder)
+    for name in sorted(names):
+        tensors.shape(name)
+    _refuse_extra(folder, config, tensors.names - names - ({"lm_head.weight"} if config.tied_embeddings else set()))
+
+
+def _refuse_extra(folder: Path, config: ModelConfig, names: set[str]) -> None:
+    extra = sorted(name for name in names if not name.endswith(_IGNORED))
+    if extra:
+        raise ValueError(f"{folder} holds {extra[0]} ({len(extra)} such), which a {config.family} decoder does not use")
 
 
 def _read(tensors: Tensors, source: str, cut: Cut) -> torch.Tensor:

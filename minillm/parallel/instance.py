@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from minillm.parallel.layout import Layout
 from minillm.parallel.member import (
     Added,
     Loaded,
+    Message,
     Recording,
     Seen,
     Turn,
@@ -30,16 +34,20 @@ from minillm.parallel.member import (
     load,
     open_engine,
     serve,
+    unload,
 )
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.scheduler import Load, Order, ScheduledRequest, Scheduler, first_come
 from minillm.ranks.call import Call
+from minillm.ranks.errors import RankError
 from minillm.ranks.pool import Ranks
+from minillm.ranks.signals import uninterrupted
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 
 WAIT_S = 0.05
+_numbers = count(1)  # of instances and engines, unique in this process
 
 
 class Instance:
@@ -47,31 +55,45 @@ class Instance:
 
     def __init__(self, ranks: Ranks, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
         self.ranks, self.folder, self.layout, self.dtype = ranks, folder, layout, dtype
+        self.name = f"instance {next(_numbers)}"
         self.opened: dict[int, int] = {}  # engines that the ranks hold, and the blocks of each
-        self.engines = 0
+        self.forgotten: list[int] = []  # engines that nobody has any more
         self._generation = -1
         self.loaded: list[Loaded] = []
         self.ready()
 
     def ready(self) -> None:
-        """Have the weights on the ranks."""
+        """Have the weights on the ranks, and only the engines that somebody has."""
         self.ranks.start()
         if self._generation != self.ranks.generation:
-            self.loaded = self.ranks.run(load, self.folder, self.layout, self.dtype)
+            self.loaded = self.ranks.run(load, self.name, self.folder, self.layout, self.dtype)
             self._generation = self.ranks.generation
             self.opened.clear()
+        while self.forgotten:
+            self.drop(self.forgotten.pop())
 
-    def open(self, number: int, options: EngineOptions, order: Order) -> int:
+    def open(self, engine: int, options: EngineOptions, order: Order) -> int:
         """Have an engine on the ranks; returns how many blocks it has."""
         self.ready()
-        if number not in self.opened:
-            self.opened[number] = self.ranks.run(open_engine, number, options, order)[0]
-        return self.opened[number]
+        if engine not in self.opened:
+            self.opened[engine] = self.ranks.run(open_engine, self.name, engine, options, order)[0]
+        return self.opened[engine]
 
-    def drop(self, number: int) -> None:
+    def drop(self, engine: int) -> None:
         """Let the ranks forget an engine."""
-        if self.opened.pop(number, None) is not None and self.ranks.pids and self._generation == self.ranks.generation:
-            self.ranks.run(close_engine, number)
+        if engine in self.opened and self._on_ranks:
+            self.ranks.run(close_engine, self.name, engine)
+        self.opened.pop(engine, None)
+
+    def close(self) -> None:
+        """Let the ranks forget the weights."""
+        if self._on_ranks:
+            self.ranks.run(unload, self.name)
+        self._generation = -1
+
+    @property
+    def _on_ranks(self) -> bool:
+        return bool(self.ranks.pids) and self._generation == self.ranks.generation
 
 
 class RemoteEngine:
@@ -84,11 +106,12 @@ class RemoteEngine:
         self, instance: Instance, options: EngineOptions, recorder: Recorder, order: Order = first_come
     ) -> None:  # fmt: skip
         self.instance, self.options, self.order = instance, options, order
-        instance.engines += 1
-        self.number = instance.engines
+        self.number = next(_numbers)
+        weakref.finalize(self, instance.forgotten.append, self.number)
         self.requests: dict[int, Request] = {}
         self.failed: frozenset[int] = frozenset()
         self._call: Call | None = None
+        self._trouble: Exception | None = None  # of somebody who listens to spans
         self._pieces: list[Piece] = []
         self.num_blocks = instance.open(self.number, options, order)
         self.load = Load(0, 0, 0, self.num_blocks)
@@ -97,8 +120,8 @@ class RemoteEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs."""
-        return bool(self.requests)
+        """Whether a request waits or runs, or the ranks have not come to rest."""
+        return bool(self.requests) or self._call is not None
 
     def check(self, request: ScheduledRequest) -> None:
         """Raise `ValueError` for a request that can never run here."""
@@ -129,22 +152,17 @@ class RemoteEngine:
         for request in requests:
             request.life.note(Event.ARRIVED, when)
             self.recorder.trace.lives.append(request.life)
-        self.instance.ranks.post(0, add([_added(request, when) for request in requests]))
+        self._post(add([_added(request, when) for request in requests]))
 
     def step(self) -> list[Piece]:
         """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""
-        try:
-            if self._call is None:
-                self._begin()
-            assert self._call is not None
-            if self._call.poll(WAIT_S) or not self.requests:
-                self._end()
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            self._fail()
-            raise
+        if self._call is None:
+            self._begin()
+        self._poll(WAIT_S)
         pieces, self._pieces = self._pieces, []
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            raise trouble
         return pieces
 
     def cancel(self, requests: Iterable[Request]) -> None:
@@ -153,10 +171,12 @@ class RemoteEngine:
         for request in going:
             request.cancel(time.monotonic())
             self.requests.pop(request.request_id, None)
-        if going and self._call is not None:
-            self.instance.ranks.post(0, cancel([request.request_id for request in going]))
+        if going and self.instance.ranks.pids:
+            self._post(cancel([request.request_id for request in going]))
         if self._call is not None and not self.requests:
-            self._end()
+            with suppress(RankError):  # nobody is left whom it concerns; the ranks start anew
+                self._poll(0.0)
+            self._trouble = None
 
     def close(self) -> None:
         """End its requests, and let the ranks forget it."""
@@ -169,23 +189,42 @@ class RemoteEngine:
             self._fresh, self.recorder.timing, self.recorder.activations, self.recorder.on_span is not None,
             self._baton.name if self._baton else None,
         )  # fmt: skip
-        self._fresh = False
-        self._call = self.instance.ranks.begin(serve, self.number, recording, on_event=self._hear)
+        with uninterrupted():
+            self._fresh = False
+            self._call = self.instance.ranks.begin(
+                serve, self.instance.name, self.number, recording, on_event=self._hear
+            )
 
-    def _end(self) -> None:
-        """The ranks have nothing left to do: take the last of what they recorded."""
+    def _poll(self, timeout_s: float) -> None:
+        """Take what has come; when nothing is left to do, the last of what the ranks have recorded too."""
         assert self._call is not None
-        self._call.result()
-        self._call = None
-        self.recorder.trace.spans.sort(key=lambda span: span.end_s)
-        self.recorder.trace.memory.sort(key=lambda sample: sample.time_s)
+        try:
+            over = self._call.poll(timeout_s)
+            if not over and not self.requests:
+                self._call.result()
+                over = True
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self._fail()
+            raise
+        if over:
+            self._call = None
+            self.recorder.trace.spans.sort(key=lambda span: span.end_s)
+            self.recorder.trace.memory.sort(key=lambda sample: sample.time_s)
+
+    def _post(self, message: Message) -> None:
+        self.instance.ranks.post(0, (self.number, message))
 
     def _hear(self, rank: int, event: Any) -> None:
         """What a rank has to tell: spans and memory, or tokens."""
         if isinstance(event, Seen):
             self.recorder.trace.memory.extend(event.memory)
             for span in event.spans:
-                self.recorder.add(span)
+                try:
+                    self.recorder.add(span)
+                except Exception as error:
+                    self._trouble = error
             return
         turn: Turn = event
         self.load = turn.load

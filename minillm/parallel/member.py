@@ -36,8 +36,8 @@ from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import MemorySample, Span
 
-Message = Callable[[Engine], None]
-HELD = "instance"
+Message = Callable[[Engine, Intake], None]
+POST_S = 0.2  # how long rank 0 waits for what it was called for: posts take a way of their own
 REPORT_SPANS = 256  # how many a rank keeps before it reports them
 
 
@@ -106,6 +106,7 @@ class Seat:
 
     stage: Stage
     engine: Engine | None = None
+    runner: PipelineRunner | None = None
     told: dict[int, int] = field(default_factory=dict)  # how many moments of each request's life were told
 
 
@@ -115,46 +116,76 @@ class Member:
 
     model: Decoder
     pipe: Pipe
+    intake: Intake
     seats: dict[int, Seat] = field(default_factory=dict)
-    intake: Intake | None = None
+    mail: dict[int, list[Message]] = field(default_factory=dict)  # for engines that have not been called yet
 
 
-def load(folder: Path, layout: Layout, dtype: torch.dtype) -> Loaded:
-    """Read this rank's part of the checkpoint."""
+def add(each: list[Added]) -> Message:
+    """A message for rank 0: requests that come in."""
+
+    def message(engine: Engine, intake: Intake) -> None:
+        for added in each:
+            request = intake.request(added.index, added.prompt, added.params, deque())
+            request.scheduled.priority = added.priority
+            number([request], added.request_id)
+            engine.add([request], added.arrived_s)
+
+    return message
+
+
+def cancel(request_ids: list[int]) -> Message:
+    """A message for rank 0: requests that nobody wants any more."""
+
+    def message(engine: Engine, intake: Intake) -> None:
+        engine.cancel([engine.requests[each] for each in request_ids if each in engine.requests])
+
+    return message
+
+
+def load(instance: str, folder: Path, layout: Layout, dtype: torch.dtype) -> Loaded:
+    """Read this rank's part of the checkpoint. Ranks may hold several instances, each under a name of its own."""
     here, config = context(), read_config(folder)
-    shard = Shard(config, layout, here.rank)
     line = layout.along("pp", here.rank)
-    model, bytes_read = load_stage(folder, config, shard, here.device, dtype)
-    member = Member(model, Pipe(here.comm(line, "pipe"), here.comm(line, "pipe notes", host=True)))
-    if here.rank == 0:
-        member.intake = Intake(config, Tokenizer(folder))
-    here.held[HELD] = member
+    pipe = Pipe(
+        here.comm(line, "pipe"), here.comm(line, "pipe notes", host=True)
+    )  # while all are there: reading takes long
+    model, bytes_read = load_stage(folder, config, Shard(config, layout, here.rank), here.device, dtype)
+    for layer in model.layers:  # a long prompt is no fault
+        layer.register_forward_hook(lambda *_: here.tick())
+    here.held[instance] = Member(model, pipe, Intake(config, Tokenizer(folder)))
     return Loaded(bytes_read, weight_bytes(model))
 
 
-def open_engine(number: int, options: EngineOptions, order: Order) -> int:
+def unload(instance: str) -> None:
+    """Let go of an instance."""
+    context().held.pop(instance, None)
+
+
+def open_engine(instance: str, engine: int, options: EngineOptions, order: Order) -> int:
     """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has."""
-    member = _member()
-    mine = options.num_blocks or default_num_blocks(member.model, options)
-    every = member.pipe.notes.all_gather(torch.tensor([mine]))
-    num_blocks = int(every.min())
+    here, member = context(), _member(instance)
+    sharers = -(-here.world_size // max(1, here.backend.device_count))  # ranks on one GPU
+    mine = options.num_blocks or default_num_blocks(member.model, options, sharers)
+    num_blocks = int(member.pipe.notes.all_gather(torch.tensor([mine])).min())
     model = member.model
     cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)
-    seat = member.seats[number] = Seat(Stage(model, cache, member.pipe))
-    if context().rank == 0:
+    seat = member.seats[engine] = Seat(Stage(model, cache, member.pipe))
+    if here.rank == 0:
         runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
-        seat.engine = Engine(runner, options, Recorder(), order)
+        seat.engine, seat.runner = Engine(runner, options, Recorder(), order), runner
     return num_blocks
 
 
-def close_engine(number: int) -> None:
+def close_engine(instance: str, engine: int) -> None:
     """Let go of an engine and its KV cache."""
-    _member().seats.pop(number, None)
+    _member(instance).seats.pop(engine, None)
 
 
-def serve(number: int, recording: Recording) -> None:
+def serve(instance: str, engine: int, recording: Recording) -> None:
     """Serve requests until there are none."""
-    here, seat = context(), _member().seats[number]
+    here, member = context(), _member(instance)
+    seat = member.seats[engine]
     _record(seat, here, recording)
     baton: AbstractContextManager[Any] = Baton(recording.baton) if recording.baton else nullcontext()
     seat.stage.baton = baton
@@ -162,7 +193,7 @@ def serve(number: int, recording: Recording) -> None:
         if seat.engine is None:
             seat.stage.run()
         else:
-            _lead(seat.engine, seat, here)
+            _lead(member, engine, here)
     finally:
         seat.stage.baton = nullcontext()
         if isinstance(baton, Baton):
@@ -170,9 +201,9 @@ def serve(number: int, recording: Recording) -> None:
         _report(here, seat.stage.recorder)
 
 
-def score(token_ids: list[int]) -> torch.Tensor | None:
+def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
     """The logits after each token of a text [tokens, vocab], from the last stage; None from the others."""
-    member = _member()
+    member = _member(instance)
     model, pipe = member.model, member.pipe
     cache = PagedCache(model.config, 1, len(token_ids), model.device, model.dtype)
     batch = Batch((Chunk(0, 0, tuple(token_ids), (0,)),))
@@ -189,11 +220,17 @@ def score(token_ids: list[int]) -> torch.Tensor | None:
         return None
 
 
-def _lead(engine: Engine, seat: Seat, here: RankContext) -> None:
+def _lead(member: Member, number: int, here: RankContext) -> None:
     """Rank 0: take requests, step, tell what came of it, until nothing is left to do."""
+    seat, patience_s = member.seats[number], POST_S
+    engine, runner = seat.engine, seat.runner
+    assert engine is not None and runner is not None
     while True:
-        for message in here.posted():
-            message(engine)
+        for to, message in here.posted(0.0 if number in member.mail else patience_s):
+            member.mail.setdefault(to, []).append(message)
+        for message in member.mail.pop(number, ()):
+            message(engine, member.intake)
+            patience_s = 0.0  # what it was called for is here
         if not (engine.requests or engine.under_way):
             break
         known = {each.request_id: each for each in with_twins(engine.requests.values())}
@@ -201,8 +238,7 @@ def _lead(engine: Engine, seat: Seat, here: RankContext) -> None:
         here.emit(Turn([_told(seat, known[piece.request_id], piece) for piece in pieces], engine.load))
         for request_id in seat.told.keys() - engine.requests.keys():
             del seat.told[request_id]
-    assert isinstance(engine.runner, PipelineRunner)
-    engine.runner.end()
+    runner.end()
     here.emit(Turn([], engine.load))
 
 
@@ -219,7 +255,7 @@ def _record(seat: Seat, here: RankContext, recording: Recording) -> None:
     recorder = Recorder(here.rank, recording.timing, activations=recording.activations)
     recorder.on_span = lambda span: _report(here, recorder) if len(recorder.trace.spans) >= most else None
     if seat.engine is not None:
-        seat.engine.record(recorder)
+        seat.engine.record(recorder, fresh=recording.fresh)
     else:
         seat.stage.record(recorder)
     if not recording.fresh:
@@ -235,29 +271,5 @@ def _report(here: RankContext, recorder: Recorder) -> None:
         trace.memory.clear()
 
 
-def _member() -> Member:
-    return context().held[HELD]
-
-
-def add(each: list[Added]) -> Message:
-    """A message for rank 0: requests that come in."""
-
-    def message(engine: Engine) -> None:
-        intake = _member().intake
-        assert intake is not None
-        for added in each:
-            request = intake.request(added.index, added.prompt, added.params, deque())
-            request.scheduled.priority = added.priority
-            number([request], added.request_id)
-            engine.add([request], added.arrived_s)
-
-    return message
-
-
-def cancel(request_ids: list[int]) -> Message:
-    """A message for rank 0: requests that nobody wants any more."""
-
-    def message(engine: Engine) -> None:
-        engine.cancel([engine.requests[each] for each in request_ids if each in engine.requests])
-
-    return message
+def _member(instance: str) -> Member:
+    return context().held[instance]

@@ -31,7 +31,7 @@ from minillm.ranks.transfers import Transfer
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Category, Kind, Span
 
-NOTE_BYTES = 8192
+NOTE_BYTES = 2048
 
 
 class Elsewhere(nn.Module):
@@ -134,8 +134,8 @@ class Stage:
             if last:
                 drawn = draw(out, work.draws) if work.draws else []
                 out = torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
-            elif self.model.device.type == "cuda" and not isinstance(self.baton, nullcontext):
-                torch.cuda.synchronize()  # so that the span is as long as the work
+            elif self.model.device.type == "cuda" and self.recorder.timing:
+                torch.cuda.current_stream().synchronize()  # so that the span is as long as the work
             return out
 
     def _forward(self, work: Work, x: torch.Tensor | None) -> torch.Tensor:
@@ -194,9 +194,8 @@ class Stage:
         size, to = len(data).to_bytes(8, "little"), self.pipe.stage + 1
         fits = len(data) <= NOTE_BYTES - 8
         for part in ((size + data * fits).ljust(NOTE_BYTES, b"\0"), data):
-            self._leave(
-                self.pipe.notes, self.pipe.notes.isend(torch.frombuffer(bytearray(part), dtype=torch.uint8), to)
-            )
+            message = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+            self._leave(self.pipe.notes, self.pipe.notes.isend(message, to), "work", work.step if work else 0)
             if fits:
                 return
 
@@ -206,9 +205,9 @@ class Stage:
             self._leaving[0][0].wait()
             self._settle_done()
 
-    def _leave(self, comm: Comm, transfer: Transfer, name: str = "", step: int = 0) -> None:
-        """A message has begun to leave. Those with a name are recorded once they are over."""
-        size, peer = transfer.buffer.nbytes if name else 0, transfer.operation.members[0]
+    def _leave(self, comm: Comm, transfer: Transfer, name: str, step: int) -> None:
+        """A message has begun to leave. It is recorded once it is over."""
+        size, peer = transfer.buffer.nbytes, transfer.operation.members[0]
         about = {"group": comm.name, "sequence": transfer.index, "peer": peer, "message_bytes": size}
         span = Span(self.recorder.rank, Kind.COMMUNICATION, name, transfer.began_s, 0.0, step, "wire", **about)  # type: ignore[arg-type]
         self._leaving.append((transfer, span))
@@ -219,9 +218,8 @@ class Stage:
         while self._leaving and self._leaving[0][0].done:
             transfer, span = self._leaving.popleft()
             transfer.wait()
-            if span.name:
-                times = {"end_s": transfer.ended_s} if self.recorder.timing else {"start_s": 0.0}
-                self.recorder.add(replace(span, **times))  # type: ignore[arg-type]
+            times = {"end_s": transfer.ended_s} if self.recorder.timing else {"start_s": 0.0}
+            self.recorder.add(replace(span, **times))  # type: ignore[arg-type]
 
 
 class PipelineRunner:

@@ -10,7 +10,7 @@ class EngineOptions:
     """Limits and switches of one engine.
 
     `block_size` tokens share a block of the KV cache, of which there are `num_blocks` (None: as many as `max_running`
-    sequences of the longest context can use, within 1 GiB on a CPU and most of the free memory on a GPU).
+    sequences of the longest context can use, within 1 GiB a rank on a CPU and most of the free memory on a GPU).
     A step takes at most `max_running` requests and `max_step_tokens` tokens. In a pipeline `in_flight` batches are under
     way at once (None: as many as there are stages; 1: naive model parallelism).
 

@@ -87,7 +87,7 @@ class Scheduler:
         self, pool: BlockPool, options: EngineOptions | None = None, order: Order = first_come, depth: int = 1
     ) -> None:  # fmt: skip
         self.pool = pool
-        self.depth = depth
+        self.depth, self.under_way = depth, 0
         self.options = options or EngineOptions()
         self.order = order
         self.waiting: list[ScheduledRequest] = []
@@ -131,10 +131,12 @@ class Scheduler:
                 self._continue(request, step)
         if not step.preempted and (self.options.continuous or not self.running):
             self._start_new(step, now_s)
+        self.under_way += bool(step.chunks)
         return Batch(tuple(step.chunks), tuple(step.copies), tuple(step.preempted))
 
     def postprocess(self, batch: Batch, tokens: Sequence[int | None]) -> None:
         """The batch has run: `tokens` has the next token of each chunk that samples, None for the others."""
+        self.under_way = max(0, self.under_way - 1)
         for chunk, token in zip(batch.chunks, tokens, strict=True):
             request = self.requests[chunk.request_id]
             request.in_flight -= len(chunk.token_ids)
@@ -151,6 +153,7 @@ class Scheduler:
 
     def recover(self) -> frozenset[int]:
         """No batch that is under way will come back: its requests start again. Returns their ids."""
+        self.under_way = 0
         lost = [request for request in self.requests.values() if request.in_flight]
         for request in lost:
             request.in_flight = 0
@@ -189,10 +192,25 @@ class Scheduler:
         return Load(len(self.running), len(self.waiting), self.pool.num_used, self.pool.num_blocks)
 
     def _share(self) -> int:
-        """The most requests of one batch: all, or when several batches are to be under way, an equal part for each."""
-        if self.depth == 1 or not self.options.continuous:
+        """The most requests of one batch. When several batches are to be under way, an equal part of all that run or can
+        start, and of those that no batch has yet.
+        """
+        if self.depth == 1:
             return self.options.max_running
-        return -(-min(self.options.max_running, len(self.running) + len(self.waiting)) // self.depth)
+        starting = self._startable()
+        free = max(1, self.depth - self.under_way)
+        ready = sum(request.remaining > 0 for request in self.running) + starting
+        return min(-(-(len(self.running) + starting) // self.depth), -(-ready // free)) or 1
+
+    def _startable(self) -> int:
+        """How many waiting requests there are places and blocks for, about."""
+        free, count = self.pool.num_free, 0
+        for request in self.waiting[: max(0, self.options.max_running - len(self.running))]:
+            free -= self.pool.blocks_for(len(request.tokens))
+            if free < 0:
+                break
+            count += 1
+        return count
 
     def _continue(self, request: ScheduledRequest, step: _Step) -> None:
         """Give a running request its next tokens, if there are blocks for them."""

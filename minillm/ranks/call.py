@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from minillm.ranks.job import Job
+from minillm.ranks.signals import uninterrupted
 
 
 class Call:
@@ -18,27 +19,31 @@ class Call:
     def __init__(self, job: Job, ranks_held: ExitStack) -> None:
         self._job, self._ranks_held = job, ranks_held
         self.over = False
+        self.error: BaseException | None = None
 
     def poll(self, timeout_s: float = 0.0) -> bool:
         """Take what the ranks have sent, waiting for at most `timeout_s` when there is nothing; returns `over`.
 
         Raises `RankError` when a rank fails or the ranks cannot go on, and the call is over.
         """
+        if self.error is not None:
+            raise self.error
         if self.over:
             return True
         try:
             self._job.turn(timeout_s)
-            if self._job.over:
-                self.results = self._job.conclude()
+            with uninterrupted():
+                if self._job.over:
+                    self.results = self._job.conclude()
+                    self.over = True
+                    self._ranks_held.close()
         except KeyboardInterrupt:
             raise
-        except BaseException:
-            self.over = True
-            if not self._ranks_held.__exit__(*sys.exc_info()):
-                raise
-        if self._job.over:
-            self.over = True
-            self._ranks_held.close()
+        except BaseException as error:
+            with uninterrupted():
+                self.over, self.error = True, error
+                self._ranks_held.__exit__(*sys.exc_info())
+            raise
         return self.over
 
     def result(self) -> list[Any]:

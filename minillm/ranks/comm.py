@@ -32,8 +32,8 @@ class Count:
 class Comm:
     """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
 
-    Every method but `isend` and `irecv` is blocking, and must be called by all members alike, except `send`, `recv`, `isend` and `irecv`. Peers and roots are
-    numbered within the group. `counts` maps the operation's name to its `Count`.
+    `isend` and `irecv` return at once, all others wait. All members must call alike, but for the four that go from one rank
+    to another. Peers and roots are numbered within the group. `counts` maps the operation's name to its `Count`.
     """
 
     name: str

@@ -33,6 +33,7 @@ from minillm.ranks.state import Life, Rank
 from minillm.ranks.streams import print_lines
 
 POLL_S = 0.05  # how often the boards are looked at while a call runs
+UNATTENDED_S = 0.5
 GRACE_S = 1.0  # after the first failure: how long other ranks may take to show where they stand
 _RESTART = "The ranks start afresh at the next call; what they held in memory is gone."
 
@@ -68,7 +69,7 @@ class Job:
         """Hand the message to every rank; one that died since the last call counts as dead."""
         for rank, process in zip(self.ranks, self.processes):
             try:
-                process.calls.send(message)
+                process.send(message)
             except (BrokenPipeError, ConnectionError):
                 self._died(rank)
 
@@ -88,6 +89,9 @@ class Job:
 
     def turn(self, timeout_s: float) -> None:
         """Take what the ranks have sent, waiting for at most `timeout_s`; raise once they cannot go on."""
+        now = time.monotonic()
+        if now - self.looked_at > UNATTENDED_S:  # nobody has read what they sent, so they may have waited for us
+            self.looked_at, self.moved_at = now, [now] * len(self.ranks)
         self._listen(timeout_s)
         verdict = self._look() if time.monotonic() - self.looked_at > POLL_S else None
         if verdict is not None:
@@ -115,7 +119,7 @@ class Job:
         rank.view = board.read(self.processes[rank.number].board, self.since[rank.number])
 
     def _listen(self, timeout_s: float) -> None:
-        """Take what the ranks have sent, one message of each, and wait for it at most so long."""
+        """Take what the ranks have sent, and wait for it at most so long."""
         sources: dict[Any, Rank] = {}
         for rank in self.ranks:
             if rank.life is Life.RUNNING:
@@ -127,12 +131,13 @@ class Job:
                 self._receive(rank)
 
     def _receive(self, rank: Rank) -> None:
-        """Take one message; a process that ended without one has died."""
+        """Take what a rank has sent by now; a process that ended without a word has died."""
         process = self.processes[rank.number]
         try:
-            if process.calls.poll():
+            some = process.calls.poll()
+            while rank.life is Life.RUNNING and process.calls.poll():
                 self._take(rank, process.calls.recv())
-            elif not process.alive:
+            if not some and not process.alive:
                 self._died(rank)
         except (EOFError, ConnectionError):
             self._died(rank)

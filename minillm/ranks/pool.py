@@ -8,7 +8,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -21,6 +21,7 @@ from minillm.ranks.errors import RankError
 from minillm.ranks.job import Job
 from minillm.ranks.places import cell_sources, remember_cells
 from minillm.ranks.process import RankProcess, kill_all, start_rank, warm_up
+from minillm.ranks.signals import uninterrupted
 from minillm.ranks.worker import Seat
 
 MAX_RANKS = 256
@@ -89,7 +90,7 @@ class Ranks:
 
         Meanwhile the ranks take no other call. Raises `RankError` when they cannot start.
         """
-        with ExitStack() as held:
+        with uninterrupted(), ExitStack() as held:
             held.enter_context(self._alone())
             job = self._send(_message(fn, args, kwargs), on_event, stream=True)
             return Call(job, held.pop_all())
@@ -101,8 +102,7 @@ class Ranks:
         """
         if not self._processes:
             self.start()
-        with suppress(BrokenPipeError, ConnectionError):
-            self._processes[rank].calls.send(("post", cloudpickle.dumps(message)))
+        self._processes[rank].post(("post", cloudpickle.dumps(message)))
 
     @property
     def generation(self) -> int:
@@ -148,14 +148,17 @@ class Ranks:
 
     def start(self) -> None:
         """Start the processes now rather than at the first call."""
+        if self._all_alive:
+            return
         with self._alone():
             self._start()
 
     def _start(self) -> None:
         if self._closed:
             raise ValueError("these ranks are closed; make new ones with Ranks(…)")
-        if self._processes:
+        if self._all_alive:
             return
+        kill_all(self._processes)  # one has ended while none was called
         if self._store is None:
             self._store = _local_store()
         self._generation += 1
@@ -164,6 +167,10 @@ class Ranks:
             seat = Seat(rank, self.world_size, self.backend, port, self._generation, self.threads, environment)
             self._processes.append(start_rank(seat))
         Job(self._processes, self.timeout_s, limit_s=START_TIMEOUT_S, starting=True).finish()
+
+    @property
+    def _all_alive(self) -> bool:
+        return bool(self._processes) and all(process.alive for process in self._processes)
 
     def _call(
         self,

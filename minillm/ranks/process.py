@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any, cast
 
 import psutil
@@ -51,6 +53,9 @@ class RankProcess:
     control: Connection
     lifeline: Connection
     board: memoryview
+    _outbox: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+    _poster: threading.Thread | None = None
 
     @property
     def alive(self) -> bool:
@@ -81,11 +86,32 @@ class RankProcess:
         except psutil.Error:
             return 0.0
 
+    def send(self, message: Any) -> None:
+        """Send a message on `calls`, whole; waits while the rank does not read."""
+        with self._sending:
+            self.calls.send(message)
+
+    def post(self, message: Any) -> None:
+        """Send a message on `calls` some time, and return at once: a rank that waits for us to read may not read itself.
+
+        A rank that is gone does not get it.
+        """
+        if self._poster is None:
+            self._poster = threading.Thread(target=self._post_all, name="minillm posts", daemon=True)
+            self._poster.start()
+        self._outbox.put(message)
+
+    def _post_all(self) -> None:
+        with suppress(OSError, ValueError):  # closed
+            while (message := self._outbox.get()) is not None:
+                self.send(message)
+
     def kill(self) -> None:
         """End the process at once and close its pipes."""
         if self.alive:
             self.process.kill()
         self.process.join(5)
+        self._outbox.put(None)
         for pipe in (self.calls, self.control, self.lifeline):
             pipe.close()
 

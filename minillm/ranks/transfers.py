@@ -46,7 +46,10 @@ class Transfer:
         if not self.done:
             number = self.board.wait(self.operation, self.index)
             self._over.wait()
-            self.board.leave(number) if self.error is None else self.board.fail(number)
+            if self.error is None:
+                self.board.leave(number)
+            else:
+                self.board.fail(number)
         if self.error is not None:
             raise self.error
         return self.finish()

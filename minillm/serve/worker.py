@@ -86,7 +86,7 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Nobody listens to this job any more: its blocks are free before the next step."""
+        """Nobody listens to this job any more: its blocks are free soon."""
         with self._changed:
             self._going.append(job)
             self._changed.notify()
@@ -147,7 +147,7 @@ class Worker:
     def _end(self, job: Job, error: Exception | None) -> None:
         if job in self._jobs:
             self._jobs.remove(job)
-            self.llm.cancel(job.requests)
             with self._changed:
                 self._under_way -= job.count
             job.deliver(error)
+            self.llm.cancel(job.requests)

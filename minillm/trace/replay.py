@@ -22,10 +22,13 @@ Message = tuple[str, int, int, int]  # group, sender, receiver, number in its se
 def replay(trace: Trace, link: Link | None = None, device: Device | None = None, dtype: str | None = None) -> Trace:
     """The trace on the replay clock, from second 0; its requests' lives and its memory are left out.
 
-    Without a `link` messages take no time. With a `device` a step takes the slower of its operations and its bytes in
+    Host time between spans counts, what waiting for a message cost this machine does not. Without a `link` messages take no
+    time. With a `device` a step takes the slower of its operations and its bytes in
     `dtype`, the trace's own by default, and what the host does between steps is left out. Deterministic.
     Raises `ValueError` for a trace in which a rank waits for something that no rank does.
     """
+    if trace.spans and trace.end_s == 0.0:
+        raise ValueError("this trace has no times: record it with timing on")
     dtype = dtype or trace.about.get("dtype", "float32")
     duration = _own_time(trace) if device is None else _roofline(device, dtype)
     ranks = {rank: _Rank(rank, _program(trace, rank)) for rank in trace.ranks}
@@ -47,15 +50,16 @@ def bubble_share(trace: Trace) -> float:
     For p equal stages and m equal micro-batches it is (p - 1) / (m + p - 1) (GPipe, section 2.3).
     """
     working = [span for span in trace.spans if is_compute(span)]
-    if not working:
-        raise ValueError("nothing was computed in this trace")
-    length = max(span.end_s for span in working) - min(span.start_s for span in working)
+    length = max((span.end_s for span in working), default=0.0) - min((span.start_s for span in working), default=0.0)
+    if not length:
+        raise ValueError("nothing was computed in this trace, or without a clock")
     return 1 - sum(span.duration_s for span in working) / (length * len({span.rank for span in working}))
 
 
 def critical_path(trace: Trace) -> list[Span]:
     """The spans of a replayed trace that made it as long as it is, first to last: each could begin only once the one before
-    had ended. Shortening anything else would change nothing.
+    had ended, or a wire had taken it in. Shortening any other would change nothing. What the host does between spans is not
+    among them.
     """
     rows: dict[int, list[Span]] = defaultdict(list)
     wires = {_message(span): span for span in trace.spans if span.lane == WIRE}
@@ -119,6 +123,7 @@ class _Rank:
     number: int
     program: list[Span]
     at: int = 0
+    begun: int = -1  # the span whose host time before it is spent
     now_s: float = 0.0
     done: list[Span] = field(default_factory=list)
 
@@ -152,7 +157,11 @@ class _Run:
     def _advance(self, rank: _Rank) -> bool:
         """Run a rank until it has to wait; returns whether it moved."""
         moved = False
-        while (span := rank.next) is not None and self._run(rank, span):
+        while (span := rank.next) is not None:
+            if self.host and rank.begun < rank.at:
+                rank.begun, rank.now_s = rank.at, rank.now_s + (span.gap_cpu_s or 0.0)
+            if not self._run(rank, span):
+                break
             rank.at += 1
             moved = True
         return moved
@@ -163,7 +172,6 @@ class _Run:
             return span.peer < 0 or self._receive(rank, span)  # idle for want of work: nothing to replay
         if span.kind is Kind.COMMUNICATION:
             return self._send(rank, span) if span.peer >= 0 else self._collective(rank, span)
-        rank.now_s += (span.gap_cpu_s or 0.0) if self.host else 0.0
         self._keep(rank, span, rank.now_s + self.duration(span))
         return True
 

@@ -125,11 +125,15 @@ class Trace:
     def trim(self, spans: int, lives: int) -> None:
         """Forget the oldest once there are more than twice as many: what a server keeps is a window.
 
-        The first sample of memory stays: it is that of the weights.
+        What each rank's weights take stays.
         """
-        for kept, first, most in ((self.spans, 0, spans), (self.memory, 1, 2 * spans), (self.lives, 0, lives)):
-            if len(kept) > 2 * most + first:
-                del kept[first:-most]
+        for kept, most in ((self.spans, spans), (self.lives, lives)):
+            if len(kept) > 2 * most:
+                del kept[:-most]
+        if len(self.memory) > 4 * spans + len(self.ranks):
+            weights = [sample for sample in self.memory if sample.category is Category.WEIGHTS]
+            others = [sample for sample in self.memory if sample.category is not Category.WEIGHTS]
+            self.memory[:] = weights + others[-2 * spans :]
 
     @classmethod
     def of_ranks(cls, traces: Sequence[Trace]) -> Trace:

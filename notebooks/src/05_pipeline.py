@@ -128,8 +128,8 @@ formula = [100 * (4 - 1) / (count + 4 - 1) for count in counts]
 shares = [100 * bubble_share(run) for run in replayed]
 bubble.reveal(
     {"(p − 1) / (m + p − 1)": formula, "replayed, this model": shares},
-    "Each stage waits p − 1 units, before its first micro-batch comes or after its last one has left, of "
-    "m + p − 1 units in all. Real stages are not quite equal, so their bubble is larger.",
+    "Each stage waits p − 1 units, before its first micro-batch comes or after its last one has left, "
+    "of m + p − 1 in all. Real stages are not quite equal, and messages take time: a larger bubble.",
 )
 
 # %% [markdown]

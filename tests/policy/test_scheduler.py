@@ -317,3 +317,17 @@ def test_a_prompt_that_waits_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_options_that_cannot_be(values: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         EngineOptions(**values)
+
+
+@pytest.mark.parametrize(("requests", "depth", "sizes_"), [(4, 3, [2, 1, 1]), (5, 4, [2, 1, 1, 1]), (20, 3, [7, 7, 6])])
+def test_as_many_groups_as_batches_under_way(requests: int, depth: int, sizes_: list[int]) -> None:
+    """Also when memory, and not the number of places, is what keeps others waiting."""
+    options = EngineOptions(block_size=4, num_blocks=requests * 5, max_running=64, max_step_tokens=600)
+    machine = Machine(options, depth)
+    for number in range(requests + 40):
+        machine.scheduler.add(ScheduledRequest(number, [1] * 17, 20, number))
+    for round_ in range(3):
+        while len(machine.under_way) < depth:
+            machine.launch(float(round_))
+        assert sorted((len(batch.chunks) for batch, _ in machine.under_way), reverse=True) == sizes_
+        machine.land()
