@@ -112,9 +112,9 @@ def test_a_lesson_keeps_to_the_template(path: Path) -> None:
     """At least one guess that comes back, one thing to move, movement early, code that fits the page."""
     cells = read(path).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
-    asked = set(re.findall(r"^(\w+) = Predict\(", "\n".join(code), re.M))
+    asked = set(re.findall(r"^(\w+) = (?:Predict|Sketch)\(", "\n".join(code), re.M))
     assert asked == set(re.findall(r"^(\w+)\.reveal\(", "\n".join(code), re.M)) != set()
-    assert any("WhatIf(" in text or "RooflineWalk(" in text for text in code)
+    assert any(name in text for text in code for name in ("WhatIf(", "RooflineWalk(", "CutStrip("))
     assert [line for text in code for line in text.splitlines() if len(line) > WIDEST] == []
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert "中文" in prose
