@@ -107,7 +107,7 @@ def gpipe(one: LLM) -> dict[str, Any]:
     with Ranks(2, device="cpu") as ranks:
         ranks.run(set_up, one.folder, "pp=2", PROMPTS, LENGTH)
         jobs = {"torch": lambda: ranks.run(forward_torch), "ours": lambda: ranks.run(forward_ours)}
-        seconds = side_by_side(jobs, ROUNDS)
+        seconds = side_by_side(jobs, 2 * ROUNDS + 1)
         same = ranks.run(forward_torch)[1], ranks.run(forward_ours)[1]
     difference = (same[0] - same[1]).abs().max().item()
     gain = ratio(seconds["torch"], seconds["ours"])
@@ -118,12 +118,12 @@ def gpipe(one: LLM) -> dict[str, Any]:
 
 
 def bubble(_: LLM) -> dict[str, Any]:
-    """Four equal stages on the replay clock, 1 to 16 micro-batches: the formula is (p - 1) / (m + p - 1)."""
+    """Four equal stages on the replay clock, 1 to 16 micro-batches of 256 tokens: the formula is (p - 1) / (m + p - 1)."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
         folder = make_checkpoint(Path(scratch) / "equal", **shape, num_key_value_heads=8, max_position_embeddings=512)
-        with LLM(folder, layout="pp=4", device="cpu", options=EngineOptions(max_step_tokens=64)) as pipe:
+        with LLM(folder, layout="pp=4", device="cpu", options=EngineOptions(max_step_tokens=256)) as pipe:
             pipe.generate(_bytes(4), ONE)
             for count in (1, 2, 4, 8, 16):
                 shares = [bubble_share(replay(pipe.record_for_replay(_bytes(count), ONE))) for _ in range(3)]
@@ -136,7 +136,7 @@ def bubble(_: LLM) -> dict[str, Any]:
 
 
 def _bytes(count: int) -> list[list[int]]:
-    return torch.randint(0, 256, (count, 64), generator=torch.Generator().manual_seed(1)).tolist()
+    return torch.randint(0, 256, (count, 256), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def clocks(one: LLM) -> dict[str, Any]:

@@ -233,3 +233,60 @@ def test_lesson_03(browser: Any, lab: str) -> None:
     page.screenshot(path=SHOTS / "03-moved.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_04(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "04_layers_over_devices.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "04")
+    ask = page.locator(".minillm-card", has_text="How long do four take")
+    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
+    area = ask.first.locator(".minillm-guess-axis").bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.2, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert re.search(r"Measured: [\d.]+ s\. You said", ask.last.inner_text())
+    assert ask.last.locator("img").is_visible()
+    lost = page.locator(".minillm-card", has_text="once without layer 8")
+    lost.first.locator("button", has_text="skip").click()
+    assert "Without 8:" in lost.last.inner_text()
+    label = "How many devices does it take?"
+    card = page.locator(".minillm-card", has_text=label)
+    for value in ("T4", "Llama-3.1-8B", "1 Gbit/s", "H200", "SmolLM2-135M"):
+        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    page.screenshot(path=SHOTS / "04-moved.png")
+    assert page.broken == []
+    page.close()
+
+
+@everything
+def test_lesson_05(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "05_pipeline.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "05")
+    drawn = page.locator(".minillm-card", has_text="share of four stages")
+    assert "replayed" not in drawn.first.inner_text() + drawn.last.inner_text()
+    area = drawn.first.locator(".minillm-sketch").bounding_box()
+    for share, height in ((0.08, 0.1), (0.74, 0.6)):
+        page.mouse.move(area["x"] + area["width"] * share, area["y"] + area["height"] * 0.5)
+        page.mouse.down()
+        page.mouse.move(area["x"] + area["width"] * share, area["y"] + area["height"] * height, steps=4)
+        page.mouse.up()
+    drawn.first.locator("button", has_text="That is my drawing").click()
+    assert "replayed, this model" in drawn.last.inner_text()
+    label = "Where would you cut?"
+    card = page.locator(".minillm-card", has_text=label)
+    strip = card.locator(".minillm-strip").bounding_box()
+    read = f"[...document.querySelectorAll('.minillm-card')].find((e) => e.innerText.includes('{label}')).querySelector('img').src"
+    before = page.evaluate(read)
+    cut = strip["x"] + strip["width"] * (80 + 740 * 23 / 30) / 900
+    page.mouse.move(cut, strip["y"] + strip["height"] * 0.4)
+    page.mouse.down()
+    page.mouse.move(cut + strip["width"] * 0.12, strip["y"] + strip["height"] * 0.4, steps=5)
+    page.mouse.up()
+    print(f"cut moved: redrawn in {redrawn_within(page, read, before):.2f} s")
+    assert "rank 3: 2" in card.inner_text() or "rank 3: 1" in card.inner_text() or "rank 3: 3" in card.inner_text()
+    print(f"decode: redrawn in {choose(page, card, label, 'decode, 4 groups of 16 requests'):.2f} s")
+    page.screenshot(path=SHOTS / "05-moved.png")
+    assert page.broken == []
+    page.close()
