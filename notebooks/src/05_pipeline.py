@@ -189,8 +189,7 @@ for (name, requests), rate in rates.items():
 # %% [markdown]
 # ## What if: the cut strip
 #
-# Drag the cuts. The Gantt chart follows, and so does the rate. Prefill and decode want different cuts: find both. What does
-# a device of another kind change?
+# Drag the cuts, or move them with the arrow keys. The Gantt chart follows. Prefill and decode want different cuts: find both.
 
 # %%
 from minillm.hardware.devices import find_device, find_link

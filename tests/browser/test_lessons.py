@@ -285,8 +285,10 @@ def test_lesson_05(browser: Any, lab: str) -> None:
     page.mouse.move(cut + strip["width"] * 0.12, strip["y"] + strip["height"] * 0.4, steps=5)
     page.mouse.up()
     print(f"cut moved: redrawn in {redrawn_within(page, read, before):.2f} s")
+    page.wait_for_timeout(1000)  # a drag asks for several pictures
     assert "rank 3: 2" in card.inner_text() or "rank 3: 1" in card.inner_text() or "rank 3: 3" in card.inner_text()
     print(f"decode: redrawn in {choose(page, card, label, 'decode, 4 groups of 16 requests'):.2f} s")
+    page.wait_for_timeout(500)
     page.screenshot(path=SHOTS / "05-moved.png")
     assert page.broken == []
     page.close()

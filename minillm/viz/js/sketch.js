@@ -45,7 +45,7 @@ function render({ model, el }) {
     if (number === 0) shape("polyline", { points, fill: "none", stroke: colour, "stroke-width": 2 }, svg);
     else values.forEach((v, n) => shape("circle", { cx: x(n), cy: y(v), r: 5.5, fill: colour }, svg));
     const last = values[values.length - 1];
-    text(svg, W - R + 12, y(last) + 4 + 17 * number - 8, name, colour, "start", 13);
+    text(svg, W - R + 12, y(last) + (number ? 14 - 18 * number : 18), name, colour, "start", 13);
   }
 
   function guess(svg) {
