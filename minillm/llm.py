@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from minillm.engine.runner import LocalRunner
 from minillm.hardware.machine import usable_cores
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
-from minillm.model.config import DTYPE_BYTES, read_config
+from minillm.model.config import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import pack
+from minillm.model.placement import choose_device, choose_dtype, one_thread
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
@@ -61,8 +61,8 @@ class LLM:
             raise ValueError(
                 f"layout {str(self.layout)!r} is not built yet: this version runs one device, '', and 'pp=…'"
             )
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.device, self.config.dtype)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device, self.config.dtype)
         self.tokenizer = Tokenizer(self.folder)
         self.intake = Intake(self.config, self.tokenizer)
         self._started: Ranks | None = None  # by this LLM, which ends them
@@ -168,7 +168,6 @@ class LLM:
         self._check_open()
         self.intake.check(token_ids)
         if self.layout.world_size > 1:
-            self.instance.ready()
             return self._score_on_ranks(token_ids)
         cache = PagedCache(self.config, 1, len(token_ids), self.model.device, self.model.dtype)
         recorder = self._new_recorder(on_span=self.on_span)
@@ -219,18 +218,8 @@ class LLM:
         """The weights on the ranks given, or on ranks of its own, which end with it."""
         if ranks is None:
             ranks = self._started = Ranks(self.layout.world_size, device=self.device.type)
-        if ranks.world_size != self.layout.world_size:
-            raise ValueError(
-                f"layout {str(self.layout)!r} takes {self.layout.world_size} ranks, but these are {ranks.world_size}: "
-                f"make Ranks({self.layout.world_size}), or leave ranks= out"
-            )
-        if ranks.backend.device_type != self.device.type:
-            raise ValueError(
-                f"these ranks compute on {ranks.backend.device_type}, not on {self.device.type}: "
-                f"pass device={ranks.backend.device_type!r}"
-            )
         try:
-            return Instance(ranks, self.folder, self.layout, self.dtype)
+            return Instance(ranks, self.folder, self.layout, self.device, self.dtype)
         except BaseException:
             if self._started is not None:
                 self._started.close()
@@ -315,30 +304,3 @@ def _refuse_ranks(ranks: Ranks | None) -> None:
 
 def _is_message(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one CPU thread, as every rank does, so that sums come out the same; then as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _device(name: str | None) -> torch.device:
-    if name not in (None, "cpu", "cuda"):
-        raise ValueError(f"device={name!r} is not known; choose 'cpu', 'cuda', or None for a GPU if there is one")
-    gpu = torch.cuda.is_available() if name != "cpu" else False
-    if name == "cuda" and not gpu:
-        raise ValueError("device='cuda' was asked for, but torch sees no GPU here; pass device='cpu'")
-    return torch.device("cuda" if gpu else "cpu")
-
-
-def _dtype(name: str | None, device: torch.device, stored: str) -> torch.dtype:
-    name = str(name).removeprefix("torch.") if name is not None else (stored if device.type == "cuda" else "float32")
-    if name not in DTYPE_BYTES:
-        raise ValueError(f"dtype={name!r} is not known; choose one of {', '.join(DTYPE_BYTES)}")
-    return getattr(torch, name)

@@ -51,9 +51,24 @@ _numbers = count(1)  # of instances and engines, unique in this process
 
 
 class Instance:
-    """The weights of a checkpoint over `ranks`, as `layout` says. They are read at once, and again after a restart."""
+    """The weights of a checkpoint over `ranks`, as `layout` says. They are read at once, and again after a restart.
 
-    def __init__(self, ranks: Ranks, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
+    Raises `ValueError` for another number of ranks than the layout takes, and for ranks on another kind of `device`.
+    """
+
+    def __init__(
+        self, ranks: Ranks, folder: Path, layout: Layout, device: torch.device, dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        if ranks.world_size != layout.world_size:
+            raise ValueError(
+                f"layout {str(layout)!r} takes {layout.world_size} ranks, but these are {ranks.world_size}: "
+                f"make Ranks({layout.world_size}), or leave ranks= out"
+            )
+        if ranks.backend.device_type != device.type:
+            raise ValueError(
+                f"these ranks compute on {ranks.backend.device_type}, not on {device.type}: "
+                f"pass device={ranks.backend.device_type!r}"
+            )
         self.ranks, self.folder, self.layout, self.dtype = ranks, folder, layout, dtype
         self.name = f"instance {next(_numbers)}"
         self.opened: dict[int, int] = {}  # engines that the ranks hold, and the blocks of each
