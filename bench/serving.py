@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from minillm import LLM, EngineOptions, SamplingParams
 from minillm.policy.blocks import BlockPool
-from minillm.policy.scheduler import ScheduledRequest, Scheduler
+from minillm.policy.request import ScheduledRequest
+from minillm.policy.scheduler import Scheduler
 
 ROUNDS, REQUESTS, BATCH_SIZES = 3, 64, (4, 8, 16, 32)
 Work = list[tuple[list[int], int]]  # prompt, tokens to generate

@@ -17,7 +17,8 @@ from minillm.model.sampling import Draw
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import Load, Order, ScheduledRequest, Scheduler, first_come
+from minillm.policy.request import Load, Order, ScheduledRequest, first_come
+from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 

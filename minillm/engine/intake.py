@@ -11,7 +11,7 @@ from minillm.engine.request import Piece, Request
 from minillm.model.config import ModelConfig
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
-from minillm.policy.scheduler import ScheduledRequest
+from minillm.policy.request import ScheduledRequest
 from minillm.trace.life import RequestLife
 
 Prompt = str | list[int]

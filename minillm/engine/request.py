@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import TextStream
-from minillm.policy.scheduler import ScheduledRequest
+from minillm.policy.request import ScheduledRequest
 from minillm.trace.life import Event, RequestLife
 
 

@@ -38,7 +38,8 @@ from minillm.parallel.member import (
 )
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import Load, Order, ScheduledRequest, Scheduler, first_come
+from minillm.policy.request import Load, Order, ScheduledRequest, first_come
+from minillm.policy.scheduler import Scheduler
 from minillm.ranks.call import Call
 from minillm.ranks.errors import RankError
 from minillm.ranks.pool import Ranks

@@ -29,7 +29,7 @@ from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage, load_stage
 from minillm.parallel.shards import Shard
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import Load, Order
+from minillm.policy.request import Load, Order
 from minillm.ranks.baton import Baton
 from minillm.ranks.membership import RankContext, context
 from minillm.trace.life import Event

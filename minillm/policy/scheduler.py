@@ -7,71 +7,12 @@ Sarathi-Serve, Agrawal et al. 2024, section 4.2.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from collections.abc import Sequence
 
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool, BlockTable
 from minillm.policy.options import EngineOptions
-
-
-class Status(Enum):
-    """Where a request stands with the scheduler."""
-
-    WAITING = "waiting"  # holds no blocks: new, or preempted
-    RUNNING = "running"  # holds blocks
-    GONE = "gone"  # finished or cancelled
-
-
-@dataclass(eq=False)
-class ScheduledRequest:
-    """A request as the scheduler sees it.
-
-    `tokens` is the prompt and what was generated, `longest` the most there can be; `computed` of them are in the cache, and
-    the `in_flight` next ones in batches under way. `samples` sequences will come of it, by forks; each takes one of the places of a batch.
-    """
-
-    request_id: int
-    tokens: list[int]
-    longest: int
-    arrival_s: float = 0.0
-    priority: float = 0.0
-    samples: int = 1
-    status: Status = Status.WAITING
-    computed: int = 0
-    reused: int = 0  # tokens found in the cache when it last started
-    in_flight: int = 0
-    table: BlockTable | None = field(default=None, repr=False)
-
-    @property
-    def most_cached(self) -> int:
-        """The most tokens that will be in the cache: all but the last, which nothing follows."""
-        return max(len(self.tokens), self.longest - 1)
-
-    @property
-    def remaining(self) -> int:
-        """Tokens neither in the cache nor under way: 1 when it decodes, 0 when it waits for its next token."""
-        return len(self.tokens) - self.computed - self.in_flight
-
-
-@dataclass(frozen=True)
-class Load:
-    """How full an engine is: its requests, and the blocks of its KV cache."""
-
-    running: int
-    waiting: int
-    used_blocks: int
-    num_blocks: int
-
-
-Order = Callable[[ScheduledRequest, float], Any]
-
-
-def first_come(request: ScheduledRequest, now_s: float) -> Any:
-    """The default order: by `priority`, the lowest first, then by arrival."""
-    return request.priority, request.arrival_s, request.request_id
+from minillm.policy.request import Load, Order, ScheduledRequest, Status, first_come
 
 
 class Scheduler:

@@ -15,7 +15,8 @@ from minillm.model.cost import Cost, cache_room_bytes, pass_cost
 from minillm.policy.batch import Batch
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import Order, ScheduledRequest, Scheduler, first_come
+from minillm.policy.request import Order, ScheduledRequest, first_come
+from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Clock, Kind, Span, Trace
 from minillm.trace.workload import Arrival

@@ -18,7 +18,8 @@ from minillm.hardware.devices import DEVICES, find_device
 from minillm.model.shapes import SHAPES
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import ScheduledRequest, Scheduler
+from minillm.policy.request import ScheduledRequest
+from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
 from minillm.viz.blocks import BlockMap, draw_blocks, look, split

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from minillm.policy.batch import Batch
 from minillm.policy.blocks import BlockPool, chain
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import ScheduledRequest, Scheduler, Status
+from minillm.policy.request import ScheduledRequest, Status
+from minillm.policy.scheduler import Scheduler
 
 OPTIONS = st.builds(
     EngineOptions,

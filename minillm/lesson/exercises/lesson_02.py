@@ -10,7 +10,8 @@ from minillm.lesson.exercise import Case, Exercise, Outcome, RuleError
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool, BlockTable
 from minillm.policy.options import EngineOptions
-from minillm.policy.scheduler import ScheduledRequest, Scheduler, Status
+from minillm.policy.request import ScheduledRequest, Status
+from minillm.policy.scheduler import Scheduler
 
 MOST_STEPS = 400
 
