@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from queue import Queue
 from typing import Any, cast
 
 import psutil
@@ -53,7 +53,7 @@ class RankProcess:
     control: Connection
     lifeline: Connection
     board: memoryview
-    _outbox: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    _outbox: Queue[Any] = field(default_factory=Queue)
     _sending: threading.Lock = field(default_factory=threading.Lock)
     _poster: threading.Thread | None = None
 
@@ -87,7 +87,8 @@ class RankProcess:
             return 0.0
 
     def send(self, message: Any) -> None:
-        """Send a message on `calls`, whole; waits while the rank does not read."""
+        """Send a message on `calls`, whole, after all that was posted before; waits while the rank does not read."""
+        self._outbox.join()
         with self._sending:
             self.calls.send(message)
 
@@ -102,16 +103,19 @@ class RankProcess:
         self._outbox.put(message)
 
     def _post_all(self) -> None:
-        with suppress(OSError, ValueError):  # closed
-            while (message := self._outbox.get()) is not None:
-                self.send(message)
+        for message in iter(self._outbox.get, None):
+            with self._sending, suppress(OSError, ValueError):  # closed
+                self.calls.send(message)
+            self._outbox.task_done()
+        self._outbox.task_done()
 
     def kill(self) -> None:
         """End the process at once and close its pipes."""
         if self.alive:
             self.process.kill()
         self.process.join(5)
-        self._outbox.put(None)
+        if self._poster is not None:
+            self._outbox.put(None)
         for pipe in (self.calls, self.control, self.lifeline):
             pipe.close()
 
