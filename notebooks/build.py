@@ -1,12 +1,14 @@
 """Run lessons from their sources and store them with outputs: `python notebooks/build.py [00 …]`.
 
 Sources are `src/NN_name.py` (py:percent); what is stored beside this file is the same lesson with its outputs, and in
-`solved/` once more with the solutions of its exercises; both free of times, ids and machine names, so that running an unchanged lesson changes little. `--check` compares without running.
+`solved/` its exercises with their solutions; both free of times, ids and machine names, so that running an unchanged
+lesson changes little. `--check` compares without running.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,12 +46,23 @@ def read_source(source: Path) -> Any:
 
 
 def solved(notebook: Any) -> Any:
-    """The same lesson with every exercise's cell holding its solution."""
-    exercises = all_exercises()
-    for cell in notebook.cells:
-        if "exercise" in cell.metadata.get("tags", []):
+    """The lesson's exercises, each cell holding its solution, with what they need: the cells tagged so, and those from
+    "Your turn" to "Passport".
+    """
+    headings = [next(iter(re.findall(r"^## (.*)", cell.source, re.M)), "") for cell in notebook.cells]
+    own = range(headings.index("Your turn"), headings.index("Passport"))
+    title, turn = notebook.cells[0], notebook.cells[own[0]]
+    turn.source = turn.source[turn.source.index("## Your turn") :]
+    title.source = f"{title.source.splitlines()[0]}: the exercises, solved\n\nWithout the rest of the lesson."
+    kept = [title]
+    for number, cell in enumerate(notebook.cells):
+        tags = cell.metadata.get("tags", [])
+        if number in own or "needed" in tags:
+            kept.append(cell)
+        if "exercise" in tags:
             first, _ = cell.source.split("\n", 1)
-            cell.source = f"{first}\n{exercises[first.split()[1]].solution.rstrip()}"
+            cell.source = f"{first}\n{all_exercises()[first.split()[1]].solution.rstrip()}"
+    notebook.cells = kept
     return notebook
 
 

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from minillm.hardware.devices import Device
 from minillm.kv.paged import PagedCache
+from minillm.model.config import DTYPE_BYTES, ModelConfig
+from minillm.model.cost import pass_cost, product_cost
 from minillm.model.decoder import Decoder
 from minillm.policy.batch import Batch, Chunk
 
@@ -23,7 +26,7 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Costs:
-    """CPU seconds that the parts of a model take for a batch: the embedding, one layer, and the LM head."""
+    """Seconds that the parts of a model take for a batch: the embedding, one layer, and the LM head."""
 
     embedding_s: float
     layer_s: float
@@ -70,15 +73,34 @@ def measure_costs(model: Decoder, sequences: int, tokens: int, context: int = 0)
     """What a batch takes on this CPU, in the thread's own time: `tokens` new ones of each of some `sequences`, after
     `context` others. Medians of a few rounds.
     """
-    blocks = -(-(context + tokens) // BLOCK)
-    cache = PagedCache(model.config, sequences * blocks, BLOCK, model.device, model.dtype)
-    tables = [tuple(range(number * blocks, (number + 1) * blocks)) for number in range(sequences)]
-    batch = Batch(tuple(Chunk(n, context, (1,) * tokens, table) for n, table in enumerate(tables)))
+    batch = _batch(sequences, tokens, context)
+    cache = PagedCache(model.config, batch.chunks[-1].block_table[-1] + 1, BLOCK, model.device, model.dtype)
     with torch.inference_mode():
         embedding_s, x = _timed(lambda: model.embed(batch))
         layers_s, x = _timed(lambda: model.through(x, batch, cache))
         head_s, _ = _timed(lambda: model.logits(x, batch))
     return Costs(embedding_s, layers_s / model.config.layers, head_s)
+
+
+def predict_costs(
+    config: ModelConfig, device: Device, dtype: str, sequences: int, tokens: int, context: int = 0
+) -> Costs:
+    """What such a batch takes on a device of the table, by the roofline: each part the slower of its operations and its
+    bytes. Raises `ValueError` for a dtype that the device has no rate for.
+    """
+    batch, size = _batch(sequences, tokens, context), DTYPE_BYTES[dtype]
+    rates = device.flops_per_s(dtype), device.bytes_per_s
+    layers = pass_cost(config, batch, size, head=False).total
+    head = product_cost(sequences, config.hidden_size, config.vocab_size, size)
+    rows = 2 * sequences * tokens * config.hidden_size * size  # read from the table, written
+    return Costs(rows / device.bytes_per_s, layers.time_s(*rates) / config.layers, head.time_s(*rates))
+
+
+def _batch(sequences: int, tokens: int, context: int) -> Batch:
+    """`tokens` new ones of each of some sequences, after `context` others, in blocks of their own."""
+    blocks = -(-(context + tokens) // BLOCK)
+    tables = [tuple(range(number * blocks, (number + 1) * blocks)) for number in range(sequences)]
+    return Batch(tuple(Chunk(n, context, (1,) * tokens, table) for n, table in enumerate(tables)))
 
 
 def _timed(job: Callable[[], Any]) -> tuple[float, Any]:

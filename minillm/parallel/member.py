@@ -25,6 +25,7 @@ from minillm.model.decoder import Decoder
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.parallel.layout import Layout
+from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage, load_stage
 from minillm.parallel.shards import Shard
 from minillm.policy.batch import Batch, Chunk
@@ -146,10 +147,8 @@ def cancel(request_ids: list[int]) -> Message:
 def load(instance: str, folder: Path, layout: Layout, dtype: torch.dtype) -> Loaded:
     """Read this rank's part of the checkpoint. Ranks may hold several instances, each under a name of its own."""
     here, config = context(), read_config(folder)
-    line = layout.along("pp", here.rank)
-    pipe = Pipe(
-        here.comm(line, "pipe"), here.comm(line, "pipe notes", host=True)
-    )  # while all are there: reading takes long
+    mesh = DeviceMesh(layout, here)
+    pipe = Pipe(mesh.comm("pp"), mesh.comm("pp", host=True))  # while all are there: reading takes long
     model, bytes_read = load_stage(folder, config, Shard(config, layout, here.rank), here.device, dtype)
     for layer in model.layers:  # a long prompt is no fault
         layer.register_forward_hook(lambda *_: here.tick())

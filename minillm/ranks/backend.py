@@ -17,11 +17,15 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Backend:
-    """Where the ranks compute ("cpu" or "cuda"), and what carries their messages ("gloo" or "nccl")."""
+    """Where the ranks compute ("cpu" or "cuda"), and what carries their messages ("gloo" or "nccl").
+
+    With `shared_memory`, ranks of one host whose messages gloo would carry use `shared.py` where it can do it.
+    """
 
     transport: str
     device_type: str
     device_count: int
+    shared_memory: bool = True
 
     @property
     def groups(self) -> str:
@@ -47,7 +51,7 @@ class Backend:
         return f"{transport} on {self.device_count} GPU{'s' * (self.device_count > 1)}"
 
 
-def choose_backend(world_size: int, device: str | None = None) -> Backend:
+def choose_backend(world_size: int, device: str | None = None, shared_memory: bool = True) -> Backend:
     """The backend for `world_size` ranks; `device` ("cpu" or "cuda") overrides what the machine suggests.
 
     Raises `ValueError` when "cuda" is asked for and there is none.
@@ -60,10 +64,10 @@ def choose_backend(world_size: int, device: str | None = None) -> Backend:
     if device == "cuda" and gpus == 0:
         raise ValueError("device='cuda' was asked for, but torch sees no GPU here; pass device='cpu'")
     if device == "cpu" or gpus == 0:
-        return Backend("gloo", "cpu", 0)
+        return Backend("gloo", "cpu", 0, shared_memory)
     if gpus >= world_size or nccl_shares_gpus():
-        return Backend("nccl", "cuda", gpus)
-    return Backend("gloo", "cuda", gpus)
+        return Backend("nccl", "cuda", gpus, shared_memory)
+    return Backend("gloo", "cuda", gpus, shared_memory)
 
 
 def nccl_shares_gpus() -> bool:

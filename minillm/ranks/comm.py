@@ -7,6 +7,7 @@ It does not know what the tensors mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from minillm.ranks.backend import Backend
 from minillm.ranks.board import Board, Operation, State
+from minillm.ranks.shared import SharedMemory
 from minillm.ranks.transfers import Follower, Transfer
 from minillm.ranks.watch import caller, p2p_channels, shape_of, wait_for_device
 
@@ -42,6 +44,7 @@ class Comm:
     board: Board
     backend: Backend
     group: Any = None  # torch process group; None for a group of one
+    shared: SharedMemory | None = None  # takes the place of gloo where it is there
     counts: dict[str, Count] = field(default_factory=dict)
     _followers: dict[tuple[str, int], Follower] = field(default_factory=dict)
 
@@ -53,7 +56,8 @@ class Comm:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over the group, in place; every rank gets the same sum. Message: the tensor's bytes."""
         buffer = self._stage(tensor)
-        self._run("all_reduce", tensor, tensor, lambda: self.group.allreduce([buffer]))
+        by_memory = lambda memory: memory.all_reduce(buffer)  # noqa: E731
+        self._run("all_reduce", tensor, tensor, lambda: self.group.allreduce([buffer]), by_memory)
         return self._unstage(buffer, tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
@@ -62,14 +66,17 @@ class Comm:
         options.rootRank = root
         buffer = self._stage(tensor)
         sent = tensor if self.rank == root else tensor[:0]
-        self._run("broadcast", tensor, sent, lambda: self.group.broadcast([buffer], options), f" root={root}")
+        by_memory = lambda memory: memory.broadcast(buffer, root)  # noqa: E731
+        start = lambda: self.group.broadcast([buffer], options)  # noqa: E731
+        self._run("broadcast", tensor, sent, start, by_memory, f" root={root}")
         return self._unstage(buffer, tensor)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[n, …] on each rank -> [size · n, …] on every rank, in group order. All ranks give the same shape."""
         buffer = self._stage(tensor.contiguous())
         result = buffer.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        self._run("all_gather", tensor, tensor, lambda: self.group._allgather_base(result, buffer))
+        by_memory = lambda memory: memory.all_gather(result, buffer)  # noqa: E731
+        self._run("all_gather", tensor, tensor, lambda: self.group._allgather_base(result, buffer), by_memory)
         return (result if self.size > 1 else buffer.clone()).to(tensor.device)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -159,17 +166,28 @@ class Comm:
         return self._followers[direction, peer].take(transfer)
 
     def _run(
-        self, name: str, agreed: torch.Tensor | None, sent: torch.Tensor | None, start: Any, extra: str = ""
+        self,
+        name: str,
+        agreed: torch.Tensor | None,
+        sent: torch.Tensor | None,
+        start: Callable[[], Any],
+        by_memory: Callable[[SharedMemory], None] | None = None,
+        extra: str = "",
     ) -> None:
-        """Count, publish, wait. A group of one has nothing to do."""
+        """Count, publish, wait: for the transport, or for the shared memory where there is one. A group of one has nothing
+        to do.
+        """
         self._count(name, sent)
         if self.group is None:
             return
         signature = (shape_of(agreed) if agreed is not None else "") + extra
         operation = Operation(name, signature, f"comm {self.name}", "", self.members, caller())
         number, _ = self.board.enter(operation)
-        start().wait()
-        wait_for_device()
+        if by_memory is not None and self.shared is not None:
+            by_memory(self.shared)
+        else:
+            start().wait()
+            wait_for_device()
         self.board.leave(number)
 
     def _check_peer(self, other: int, name: str) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from minillm.ranks.backend import Backend, choose_backend, loopback_interface
 from minillm.ranks.board import BOARD_BYTES, Board, Operation
 from minillm.ranks.comm import Comm, make_group
+from minillm.ranks.shared import open_shared
 from minillm.ranks.watch import caller, watch_torch
 
 FOR_EVER = timedelta(days=1)  # where the launching process watches, it ends a job, not the transport
@@ -57,10 +58,13 @@ class RankContext:
             store = dist.PrefixStore(f"comm/{name}", self.store)
             meeting = Operation("comm", f"named {name}", f"make {name}", "", members, caller())
             number, _ = self.board.enter(meeting)
-            backend = Backend("gloo", "cpu", 0) if host else self.backend
+            backend = Backend("gloo", "cpu", 0, self.backend.shared_memory) if host else self.backend
             group = make_group(store, place, len(members), backend, self.local, self.limit)
+            shared = None
+            if backend.shared_memory and backend.transport == "gloo" and self.local and len(members) > 1:
+                shared = open_shared(dist.PrefixStore("memory", store), place, len(members), self.limit.total_seconds())
             self.board.leave(number)
-            self._comms[name] = Comm(name, members, place, self.board, backend, group)
+            self._comms[name] = Comm(name, members, place, self.board, backend, group, shared)
         return self._comms[name]
 
     def emit(self, event: Any) -> None:

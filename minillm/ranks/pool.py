@@ -32,13 +32,20 @@ class Ranks:
     """`world_size` processes, one per rank, each with its own memory and device.
 
     `device` is "cpu", "cuda" or None for the machine's best; `timeout_s` is how long a rank may keep others waiting
-    without getting on; `threads` is how many CPU threads each rank uses. The processes start at the first call, stay
+    without getting on; `threads` is how many CPU threads each rank uses; with `shared_memory` small messages of the engine
+    go by it where gloo would carry them, on processors that allow it. The processes start at the first call, stay
     until `close()`, and end with this process whatever happens to it. Raises `ValueError` for a size or device that
     cannot be.
     """
 
     def __init__(
-        self, world_size: int, *, device: str | None = None, timeout_s: float = 10.0, threads: int = 1
+        self,
+        world_size: int,
+        *,
+        device: str | None = None,
+        timeout_s: float = 10.0,
+        threads: int = 1,
+        shared_memory: bool = True,
     ) -> None:
         if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size={world_size!r}: give a whole number of ranks from 1 to {MAX_RANKS}")
@@ -51,7 +58,7 @@ class Ranks:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.threads = threads
-        self.backend: Backend = choose_backend(world_size, device)
+        self.backend: Backend = choose_backend(world_size, device, shared_memory)
         self._store: dist.TCPStore | None = None
         self._generation = 0
         self._processes: list[RankProcess] = []

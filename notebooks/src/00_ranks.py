@@ -31,7 +31,7 @@
 # **rank**. On a server with eight GPUs there are eight. Here they are four processes on this machine: on its GPUs if it
 # has them, else on its CPU cores. The code is the same.
 
-# %%
+# %% tags=["needed"]
 # %load_ext minillm
 from minillm import Ranks
 

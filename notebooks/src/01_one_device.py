@@ -30,7 +30,7 @@
 # | TPOT | 每 token 延迟 | time per output token after the first |
 # | intensity | 计算强度 | operations per byte of memory traffic |
 
-# %%
+# %% tags=["needed"]
 # %load_ext minillm
 from minillm import LLM, SamplingParams
 
@@ -319,6 +319,8 @@ show_source("engine.engine.Engine.schedule")
 # Your `enough_batch` (or, until it is solved, the course's) for three devices:
 
 # %%
+from minillm.hardware.devices import find_device
+
 for name in ("T4", "A100 80GB", "H200"):
     device = find_device(name)
     batch_size = enough_batch(device.flops_per_s("float16"), device.bytes_per_s, 2)

@@ -30,7 +30,7 @@
 # | token budget | token 预算 | the most tokens that a step may compute |
 # | ITL | token 间延迟 | inter-token latency: the gap before each token but the first |
 
-# %%
+# %% tags=["needed"]
 # %load_ext minillm
 from minillm import LLM, EngineOptions, SamplingParams
 
@@ -44,7 +44,7 @@ def ask(question):
 # %% [markdown]
 # Five people, one machine. Watch who gets a word when.
 
-# %%
+# %% tags=["needed"]
 names = ["Ada", "Ben", "Cleo", "Dov", "Eve"]
 things = ["river", "planet", "fruit", "metal", "bird"]
 lengths = [SamplingParams(max_tokens=tokens) for tokens in (5, 2, 4, 5, 4)]
@@ -106,7 +106,7 @@ shorter
 #
 # The engine has a switch for it. The tokens must not care.
 
-# %%
+# %% tags=["needed"]
 work = [SamplingParams(max_tokens=tokens, ignore_eos=True) for tokens in (4, 3, 5, 30) * 3]
 prompts = [ask(f"Name a {thing}.") for thing in [*things, *things, "city", "tree"]]
 runs, tokens = {}, {}
@@ -283,7 +283,7 @@ WhatIf(draw_what_if, "Which curve wins, and where does it bend?", device=list(de
 # A plan of your own can rule the engine. This one is greedy: new prompts first, and running answers only when nobody
 # waits. Nine people ask.
 
-# %%
+# %% tags=["needed"]
 from minillm.lesson.exercises.lesson_02 import HandScheduler
 
 
@@ -337,6 +337,8 @@ show(draw_requests(greedy, "Prompts first: the first comer's second token waits 
 
 # %%
 from minillm.lesson.desk import whose
+from minillm.viz.requests import draw_requests
+from minillm.viz.style import show
 
 yours, trace = served_by(schedule, 9)
 print(f"the schedule is {whose(schedule)}; the same tokens: {yours == right}")

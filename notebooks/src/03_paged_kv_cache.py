@@ -30,7 +30,7 @@
 # | copy-on-write | 写时复制 | blocks are shared until somebody writes |
 # | preemption | 抢占 | a running request loses its blocks and starts again later |
 
-# %%
+# %% tags=["needed"]
 # %load_ext minillm
 from minillm import LLM, EngineOptions, SamplingParams
 
@@ -225,20 +225,23 @@ wrong = Predict("03.no_copy", "What comes out?", choices=(
 wrong
 
 # %%
-from unittest.mock import patch
-
-from minillm.policy.blocks import BlockTable
-
-
 def no_copy(self, start, length):
     while len(self.blocks) < self.pool.blocks_for(length):
         self.blocks.append(self.pool.take())
     return []
 
 
+# %% tags=["needed"]
+from unittest.mock import patch
+
+from minillm.policy.blocks import BlockTable
+
+sampling = llm.with_options(EngineOptions(num_blocks=32))
 forks = [ask("Tell me a short story about a fox.")]
 three = SamplingParams(max_tokens=24, n=3, temperature=0.8, seed=3, ignore_eos=True)
 good = sampling.generate(forks, three)[0]
+
+# %%
 with patch.object(BlockTable, "write", no_copy):
     bad = sampling.generate(forks, three)[0]
 pairs = list(zip(bad.samples, good.samples))

@@ -30,7 +30,7 @@
 # | offloading | 卸载 | weights lie elsewhere, and are fetched when it is their turn |
 # | cut | 切分点 | where one stage ends and the next begins |
 
-# %%
+# %% tags=["needed"]
 # %load_ext minillm
 from minillm import LLM, EngineOptions, SamplingParams
 
@@ -90,7 +90,7 @@ seconds
 #
 # The same engine, the same question, one device and four.
 
-# %%
+# %% tags=["needed"]
 from statistics import median
 
 one = LLM(dtype="float32")
@@ -285,6 +285,7 @@ with LLM(layout="pp=" + "+".join(map(str, sizes)), dtype="float32", options=naiv
     again = best.generate([prompt], greedy)[0].token_ids
     print("the same tokens:", again == tokens["one"])
     bars = {"even numbers of layers": four.trace, "even weights": best.trace}
+from minillm.viz.memory import draw_memory
 from minillm.viz.style import show
 
 show(draw_memory(bars, "Cut by weight, the fullest stage is lighter"))

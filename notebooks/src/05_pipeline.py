@@ -29,7 +29,7 @@
 # | in flight | 在途 | begun, and not through all stages yet |
 # | replay clock | 重放时钟 | a recorded run, laid out again with one device for each rank |
 
-# %%
+# %% tags=["needed"]
 # %load_ext minillm
 from minillm import LLM, EngineOptions, SamplingParams
 
@@ -190,39 +190,47 @@ for (name, requests), rate in rates.items():
 # ## What if: the cut strip
 #
 # Drag the cuts, or move them with the arrow keys. The Gantt chart follows. Prefill and decode want different cuts: find both.
+# Then take a faster device, and leave the link slow.
 
 # %%
-from minillm.hardware.devices import find_device, find_link
+from minillm.hardware.devices import LINKS, find_device
+from minillm.parallel.balance import predict_costs
 from minillm.trace.programs import pipeline_program
 from minillm.viz.timeline import draw_timeline
 from minillm.viz.whatif import CutStrip
 
-llm_device = f"{one.device.type.upper()}, one thread a rank"
+here = "this machine, one thread a rank"
 works = {"prefill, 8 prompts of 64 tokens": (1, 64, 0), "decode, 4 groups of 16 requests": (16, 1, 64)}
-measured = {work: measure_costs(one.model, *shape) for work, shape in works.items()}
+costs = {(work, here): measure_costs(one.model, *shape) for work, shape in works.items()}
+for work, shape in works.items():
+    for device in ("T4", "A100 80GB", "H100"):
+        costs[work, device] = predict_costs(one.config, find_device(device), "float32", *shape)
+links = {"as between ranks here": link, **{name: LINKS[name] for name in ("NVLink 4", "1 Gbit/s")}}
 
 
-def draw_cuts(sizes, work):
-    cost, decodes = measured[work], work.startswith("decode")
+def draw_cuts(sizes, work, device, link):
+    cost, (requests, tokens, _), decodes = costs[work, device], works[work], work.startswith("decode")
     times = [size * cost.layer_s for size in sizes]
     times[0] += cost.embedding_s
     times[-1] += cost.head_s
-    rounds = 12 if decodes else 8
-    message = works[work][0] * works[work][1] * 576 * 4
-    program = pipeline_program([[time] * rounds for time in times], message, 4 if decodes else None,
-                               Kind.DECODE if decodes else Kind.PREFILL)
-    run = replay(program, link)
-    slow, fast = max(times) * 1e3, min(times) * 1e3
-    finding = f"Slowest stage {slow:.1f} ms, fastest {fast:.1f} ms: {bubble_share(run):.0%} bubble"
-    caption = f"replayed from measured layers · {llm_device} · {link.name} · SmolLM2 float32 · {work}"
-    return draw_timeline(run.only("compute"), finding, caption)
+    message = requests * tokens * one.config.hidden_size * 4  # bytes
+    program = pipeline_program([[time] * (12 if decodes else 8) for time in times], message,
+                               4 if decodes else None, Kind.DECODE if decodes else Kind.PREFILL)
+    run = replay(program, links[link])
+    slowest, sent = max(times) * 1e3, links[link].time_s(message) * 1e3
+    finding = f"Slowest stage {slowest:.3g} ms, a message {sent:.2g} ms: {bubble_share(run):.0%} bubble"
+    clock = "measured layers, replayed" if device == here else "rooflines, replayed"
+    return draw_timeline(run.only("compute"), finding,
+                         f"{clock} · {device} · {link} · SmolLM2-135M float32 · {work}")
 
 
-CutStrip(draw_cuts, "Where would you cut?", [8, 8, 7, 7], ("embedding", "LM head"), work=list(works))
+CutStrip(draw_cuts, "Where would you cut?", [8, 8, 7, 7], ("embedding", "LM head"),
+         work=list(works), device=[here, "T4", "A100 80GB", "H100"], link=list(links))
 
 # %% [markdown]
 # One token for each request goes through the LM head, whether it is decoded or ends a prompt. For a prompt of 64 tokens that
-# is little; for a decode step it is as much as many layers. Systems cut once, for both.
+# is little; for a decode step it is as much as many layers. Systems cut once, for both. And the same wire that costs nothing
+# here leaves an H100 waiting: a link is slow or fast only beside a device.
 #
 # ## Unequal prompts
 #
@@ -238,7 +246,7 @@ for name, cut in (("prompts whole", False), ("in pieces of at most 64 tokens", T
     llm.generate(mixed[:1], read)  # warm up
     unequal[name] = replay(llm.record_for_replay(mixed, read), link)
 show(draw_runs(unequal, "Equal pieces fill bubbles that unequal prompts leave",
-               f"replayed · {llm_device} · SmolLM2 float32 · {layout} · prompts of 16 to 256 tokens"))
+               f"replayed · {here} · SmolLM2 float32 · {layout} · prompts of 16 to 256 tokens"))
 
 # %% [markdown]
 # ## The engine's own

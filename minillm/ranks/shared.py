@@ -1,0 +1,125 @@
+"""Collectives over memory that all ranks of a host see, for messages too small to be worth a transport.
+
+Nothing is sent: each rank writes a slot of its own and raises a flag, and reads everybody's slots when all flags are up.
+That leans on one promise of the processor: whoever sees a flag also sees what was written before it. x86 keeps it for
+plain stores; Arm does not, so there gloo carries all messages.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import select
+import time
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+
+from minillm.hardware.machine import usable_cores
+
+SLOT_BYTES = 1 << 20
+LINE = 8  # 64-bit words in a cache line
+SPINS, YIELDS = 200, 2_000  # how often to look at a flag before giving the core away, and before sleeping
+NAP_S = 50e-6
+
+
+class SharedMemory:
+    """One rank's view of the memory that a group shares: a line of flags and two slots for each rank.
+
+    The slots are used in turns. Whoever has seen all flags of operation n + 1 knows that all are through with operation n,
+    so that the slots of n may be written again.
+    """
+
+    def __init__(self, memory: mmap.mmap, rank: int, pids: list[int], limit_s: float) -> None:
+        self.rank, self.size, self.limit_s = rank, len(pids), limit_s
+        self.lives = [os.pidfd_open(pid) for pid in pids]
+        self.flags = memoryview(memory)[: self.size * LINE * 8].cast("q")
+        self.slots = torch.frombuffer(memory, dtype=torch.uint8, offset=self.size * LINE * 8).view(2, self.size, -1)
+        self.number = 0
+        self.spins = SPINS if self.size <= usable_cores() else 0
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a contiguous tensor over the group, in place; every rank adds in the same order, to the same bits."""
+        for part in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
+            slots = self.exchange(part)
+            if self.size == 2:  # the faster way to the same sum
+                torch.add(slots[0], slots[1], out=part)
+            else:
+                torch.sum(slots, 0, dtype=part.dtype, out=part)
+
+    def all_gather(self, result: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Everybody's contiguous tensor, one after the other into `result`."""
+        fits = SLOT_BYTES // tensor.element_size()
+        places = result.view(self.size, tensor.numel()).split(fits, dim=1)
+        for place, part in zip(places, tensor.view(-1).split(fits)):
+            place.copy_(self.exchange(part))
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        """The root's contiguous tensor into everybody's."""
+        for part in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
+            part.copy_(self.exchange(part)[root])
+
+    def exchange(self, part: torch.Tensor) -> torch.Tensor:
+        """[n] of each rank, at most `SLOT_BYTES` -> [size, n] of all, which stands until the next call."""
+        self.number += 1
+        turn, mine = self.number % 2, self.rank * LINE
+        slots = self.slots[turn, :, : part.nbytes].view(part.dtype)
+        slots[self.rank] = part
+        self.flags[mine + 1 + turn] = part.nbytes
+        self.flags[mine] = self.number  # last: it stands for all that was written before
+        for other in range(self.size):
+            self.wait_for(other)
+            if (theirs := self.flags[other * LINE + 1 + turn]) != part.nbytes:
+                raise ValueError(f"rank {other} of the group gives {theirs:,} bytes, rank {self.rank} {part.nbytes:,}")
+        return slots
+
+    def wait_for(self, other: int) -> None:
+        """Until a rank's flag is up: look, then let others use the core between looks, then sleep between them."""
+        looks = 0
+        while self.flags[other * LINE] < self.number:
+            looks += 1
+            if looks > YIELDS:
+                self._sleep(other, (looks - YIELDS) * NAP_S)
+            elif looks > self.spins:
+                os.sched_yield()
+
+    def _sleep(self, other: int, slept_s: float) -> None:
+        """Sleep for a moment. Raises `ConnectionError` when the process that is waited for has ended, `TimeoutError` when it
+        takes too long.
+        """
+        time.sleep(NAP_S)
+        if select.select([self.lives[other]], [], [], 0)[0]:
+            raise ConnectionError(f"rank {other} of the group has ended")
+        if slept_s > self.limit_s:
+            raise TimeoutError(f"rank {other} of the group did not come within {self.limit_s:.0f} s")
+
+
+def keeps_store_order() -> bool:
+    """Whether others see our stores in the order in which we made them, and memory can be shared: Linux on x86."""
+    return platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64")
+
+
+def open_shared(store: dist.Store, rank: int, size: int, limit_s: float) -> SharedMemory | None:
+    """The memory of a group whose ranks meet in `store`, all on one host; None, on all of them, where one cannot have it.
+
+    It has no name, and is gone with the last of the ranks, however they end.
+    """
+    length, made, memory = size * (LINE * 8 + 2 * SLOT_BYTES), -1, None
+    if rank == 0:
+        if keeps_store_order():
+            made = os.memfd_create("minillm")
+            os.ftruncate(made, length)
+        store.set("place", f"/proc/{os.getpid()}/fd/{made}")
+    with suppress(OSError):
+        opened = os.open(store.get("place").decode(), os.O_RDWR)
+        memory = mmap.mmap(opened, length)
+        os.close(opened)
+    store.set(f"rank {rank}", str(os.getpid() if memory and keeps_store_order() else 0))
+    pids = [int(store.get(f"rank {other}")) for other in range(size)]
+    if made >= 0:
+        os.close(made)
+    if memory is None or not all(pids):
+        return None
+    return SharedMemory(memory, rank, pids, limit_s)
