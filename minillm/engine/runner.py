@@ -10,7 +10,7 @@ import torch
 
 from minillm.kv.paged import PagedCache
 from minillm.model.config import ModelConfig
-from minillm.model.cost import pass_cost
+from minillm.model.cost import Cost, pass_cost
 from minillm.model.decoder import Decoder
 from minillm.model.sampling import Draw, draw
 from minillm.policy.batch import Batch
@@ -116,21 +116,26 @@ def with_peak(recorder: Recorder, compute: Callable[[], torch.Tensor], device: t
 
 
 def step_span(
-    recorder: Recorder, config: ModelConfig, work: Work, dtype: torch.dtype, head: bool = True
-) -> OpenSpan:  # fmt: skip
-    """The span of a step on this rank, with what it costs by formula: the layers of `config`, and the LM head or not."""
+    recorder: Recorder,
+    config: ModelConfig,
+    work: Work,
+    dtype: torch.dtype,
+    head: bool = True,
+    costs: Sequence[Cost] = (),
+) -> OpenSpan:
+    """The span of a step on this rank, with what it costs by formula: the layers of `config`, and the LM head or not; or the
+    `costs` given, of each part between two messages.
+    """
     chunks = work.batch.chunks
     prompts = sum(chunk.is_prefill for chunk in chunks)
     name = "decode" if not prompts else "prefill" if prompts == len(chunks) else "prefill + decode"
-    cost = pass_cost(config, work.batch, dtype.itemsize, head=head).total
-    return recorder.span(
+    return recorder.step(
         Kind.PREFILL if prompts else Kind.DECODE,
         name,
+        costs or (pass_cost(config, work.batch, dtype.itemsize, head=head).total,),
         step=work.step,
         tokens=sum(len(chunk.token_ids) for chunk in chunks),
         request_ids=tuple(chunk.request_id for chunk in chunks),
-        flops=cost.flops,
-        memory_bytes=cost.memory_bytes,
     )
 
 

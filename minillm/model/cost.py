@@ -26,6 +26,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.memory_bytes + other.memory_bytes)
 
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.memory_bytes * times)
+
     @property
     def intensity(self) -> float:
         """Operations per byte: where the pass stands on a roofline (Williams et al., 2009)."""
@@ -82,6 +85,26 @@ def attention_cost(config: ModelConfig, tokens: int, context: int, element_bytes
     return Cost(flops, moved * element_bytes)
 
 
+def block_costs(config: ModelConfig, batch: Batch, element_bytes: int) -> tuple[Cost, Cost, Cost]:
+    """What one layer takes: the products of its attention block, its attention, and the products of its MLP."""
+    rows = sum(len(chunk.token_ids) for chunk in batch.chunks)
+    hidden, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    project = product_cost(rows, hidden, queries + 2 * keys, element_bytes)
+    project += product_cost(rows, queries, hidden, element_bytes)
+    mlp = product_cost(rows, hidden, 2 * config.intermediate_size, element_bytes)
+    mlp += product_cost(rows, config.intermediate_size, hidden, element_bytes)
+    attention = Cost()
+    for chunk in batch.chunks:
+        attention += attention_cost(config, len(chunk.token_ids), chunk.end, element_bytes)
+    return project, attention, mlp
+
+
+def head_cost(config: ModelConfig, batch: Batch, element_bytes: int, every_row: bool = False) -> Cost:
+    """What the LM head takes for the rows that sample, or for every row."""
+    asked = sum(len(chunk.token_ids) if every_row else chunk.samples for chunk in batch.chunks)
+    return product_cost(asked, config.hidden_size, config.vocab_size, element_bytes) if asked else Cost()
+
+
 def pass_cost(
     config: ModelConfig, batch: Batch, element_bytes: int | None = None, every_row: bool = False, head: bool = True
 ) -> PassCost:
@@ -90,21 +113,8 @@ def pass_cost(
     Without `head` it is that of the layers alone, as on all stages of a pipeline but the last.
     """
     size = element_bytes or DTYPE_BYTES[config.dtype]
-    rows = sum(len(chunk.token_ids) for chunk in batch.chunks)
-    hidden, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    layer = (
-        product_cost(rows, hidden, queries + 2 * keys, size)
-        + product_cost(rows, queries, hidden, size)
-        + product_cost(rows, hidden, 2 * config.intermediate_size, size)
-        + product_cost(rows, config.intermediate_size, hidden, size)
-    )
-    asked = rows if every_row else sum(chunk.samples for chunk in batch.chunks)
-    logits = product_cost(asked, hidden, config.vocab_size, size) if asked and head else Cost()
-    attention = Cost()
-    for chunk in batch.chunks:
-        attention += attention_cost(config, len(chunk.token_ids), chunk.end, size)
-    times = config.layers
+    project, attention, mlp = block_costs(config, batch, size)
+    products = (project + mlp) * config.layers
     return PassCost(
-        Cost(layer.flops * times, layer.memory_bytes * times) + logits,
-        Cost(attention.flops * times, attention.memory_bytes * times),
+        products + head_cost(config, batch, size, every_row) if head else products, attention * config.layers
     )

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
+
+
+class Priced(Protocol):
+    """Something with operations and bytes of memory traffic, as `model.cost.Cost`."""
+
+    @property
+    def flops(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
 
 
 class Recorder:
@@ -14,7 +25,7 @@ class Recorder:
     latencies are results and not measurements of the trace, keep their time stamps.
 
     `on_span` is called with each span as it ends, for live views. With `activations=True` the engine also measures the
-    peak of every step's activations, which is slow.
+    peak of every step's activations, which is slow. With `details` a step is cut where it sends something.
     """
 
     def __init__(
@@ -23,12 +34,15 @@ class Recorder:
         timing: bool = True,
         on_span: Callable[[Span], None] | None = None,
         activations: bool = False,
+        details: bool = False,
         **about: Any,
     ) -> None:
         self.rank = rank
         self.timing = timing
         self.on_span = on_span
         self.activations = activations
+        self.details = details
+        self.open: OpenSpan | None = None  # the span that we are in
         self.trace = Trace(about=about)
         self.cpu_end_s: float | None = None  # the thread's CPU clock when the last span ended
 
@@ -39,6 +53,12 @@ class Recorder:
     def span(self, kind: Kind, name: str, **figures: Any) -> OpenSpan:
         """`with recorder.span(Kind.DECODE, "decode", tokens=3):` records what stands inside as one span."""
         return OpenSpan(self, kind, name, figures)
+
+    def step(self, kind: Kind, name: str, costs: Sequence[Priced], **figures: Any) -> OpenSpan:
+        """The span of a step, with what each of its parts between two messages costs."""
+        figures["flops"] = sum(cost.flops for cost in costs)
+        figures["memory_bytes"] = sum(cost.memory_bytes for cost in costs)
+        return OpenSpan(self, kind, name, figures, costs)
 
     def add(self, span: Span) -> None:
         """Keep a span that is over."""
@@ -53,20 +73,65 @@ class Recorder:
 
 
 class OpenSpan:
-    """A span that has begun. A class, not a generator: it is entered thousands of times a second."""
+    """A span that has begun. A class, not a generator: it is entered thousands of times a second.
 
-    __slots__ = ("_cpu", "_figures", "_kind", "_name", "_recorder", "_start")
+    What is sent within it counts as its message bytes. Where the recorder wants `details`, the span is instead cut there:
+    a piece, the message, the next piece, each with its own of `costs`.
+    """
 
-    def __init__(self, recorder: Recorder, kind: Kind, name: str, figures: dict[str, Any]) -> None:
+    __slots__ = ("_costs", "_cpu", "_figures", "_kind", "_name", "_recorder", "_sent", "_start")
+
+    def __init__(
+        self, recorder: Recorder, kind: Kind, name: str, figures: dict[str, Any], costs: Sequence[Priced] = ()
+    ) -> None:
         self._recorder, self._kind, self._name, self._figures = recorder, kind, name, figures
+        self._costs, self._sent = iter(costs), 0
 
     def __enter__(self) -> OpenSpan:
-        timing = self._recorder.timing
-        self._start = time.monotonic() if timing else 0.0
-        self._cpu = time.thread_time() if timing else 0.0
+        self._begin()
+        self._recorder.open = self
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._recorder.open = None
+        if self._recorder.details:
+            self._piece(self._figures.get("tokens", 0))
+        elif self._sent:
+            self._end(self._kind, self._name, message_bytes=self._sent, **self._figures)
+        else:
+            self._end(self._kind, self._name, **self._figures)
+
+    @contextmanager
+    def message(self, name: str, **figures: Any) -> Iterator[None]:
+        """What stands inside is spent on a message."""
+        if not self._recorder.details:
+            self._sent += figures["message_bytes"]
+            yield
+            return
+        self._piece()
+        self._begin()
+        yield
+        self._end(Kind.COMMUNICATION, name, step=self._figures.get("step", 0), **figures)
+        self._begin()
+
+    def cut(self) -> None:
+        """Where details are wanted, end a piece here and begin the next."""
+        if self._recorder.details:
+            self._piece()
+            self._begin()
+
+    def _piece(self, tokens: int = 0) -> None:
+        """What was done since the last message; the tokens count once."""
+        cost = next(self._costs, None)
+        price = {"flops": cost.flops, "memory_bytes": cost.memory_bytes} if cost else {"flops": 0, "memory_bytes": 0}
+        self._end(self._kind, self._name, **(self._figures | price | {"tokens": tokens}))
+
+    def _begin(self) -> None:
+        timing = self._recorder.timing
+        self._start = time.monotonic() if timing else 0.0
+        self._cpu = time.thread_time() if timing else 0.0
+
+    def _end(self, kind: Kind, name: str, **figures: Any) -> None:
         recorder = self._recorder
         cpu, gap, end = None, None, 0.0
         if recorder.timing:
@@ -74,6 +139,4 @@ class OpenSpan:
             cpu, end = cpu_end - self._cpu, time.monotonic()
             gap = self._cpu - recorder.cpu_end_s if recorder.cpu_end_s is not None else None
             recorder.cpu_end_s = cpu_end
-        recorder.add(
-            Span(recorder.rank, self._kind, self._name, self._start, end, cpu_s=cpu, gap_cpu_s=gap, **self._figures)
-        )
+        recorder.add(Span(recorder.rank, kind, name, self._start, end, cpu_s=cpu, gap_cpu_s=gap, **figures))
