@@ -22,7 +22,7 @@ from minillm.lesson.grading import all_exercises
 
 HERE = Path(__file__).resolve().parent
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-KEPT_METADATA = ("tags",)
+KEPT_METADATA = ("tags", "jupyter")
 MAX_BYTES = 1_500_000
 
 
@@ -38,6 +38,8 @@ def read_source(source: Path) -> Any:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02}"
         cell.metadata = {key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata}
+        if cell.cell_type == "code" and ".reveal(" in cell.source:  # its words would give the answer away
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if "exercise" in cell.metadata.get(
             "tags", []
         ):  # the source names it; its frame is written once, in the exercise

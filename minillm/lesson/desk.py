@@ -49,7 +49,8 @@ class Desk:
             failures = self.failures[exercise.name] = self.failures.get(exercise.name, 0) + 1
             lines += [f"hint: {hint}" for after, hint in zip((1, 3), exercise.hints) if failures >= after]
         lines.append(
-            f'(about {exercise.minutes} minutes; solution("{exercise.name}") shows one. The lesson goes on with it.)'
+            f'(about {exercise.minutes} minutes. solution("{exercise.name}") shows a solution, any time; the lesson uses that one '
+            "until yours is right.)"
         )
         return "\n".join(lines)
 

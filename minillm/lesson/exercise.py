@@ -19,6 +19,7 @@ from minillm.ranks.places import line_of_error, remember_cells
 from minillm.ranks.toy import run_toy
 from minillm.ranks.toy_world import ToyRun
 
+MOST_CHARACTERS = 170  # of a line
 ALONE = "; the cell runs by itself: define in it what it uses (torch and math are there)"
 
 
@@ -63,6 +64,7 @@ class Exercise:
     unit: str = ""
     names: tuple[str, ...] = ()  # what the places of the outputs are called
     drive: Callable[[Callable[..., Any], Case], Outcome] | None = None
+    plain: bool = True  # the learner's function gets the case's inputs, and nothing else
 
     on_ranks = False
 
@@ -151,11 +153,12 @@ def grade(exercise: Exercise, function: Callable[..., Any], limit_s: float | Non
     for case, outcome in outcomes:
         problem = _call_problem(exercise, outcome) or _work_problem(exercise, case, outcome)
         if problem:
-            return Verdict(False, f"{case.label}: {problem}", case, outcome, exercise.spec(case))
+            said = with_call(exercise, case, f"{case.label}: {problem}")
+            return Verdict(False, said, case, outcome, exercise.spec(case))
     last = outcomes[-1][1]
     target = exercise.target(exercise.cases[-1]) if exercise.target else 0
-    used = f", with {last.work:,} {exercise.unit} (target {target:,})" if exercise.target else ""
-    verdict.text = f"right in {len(exercise.cases)} cases, up to {exercise.cases[-1].label}{used}"
+    used = f"; the last took {last.work:,} {exercise.unit} (target {target:,})" if exercise.target else ""
+    verdict.text = f"right in {len(exercise.cases)} cases{used}"
     return verdict
 
 
@@ -164,13 +167,15 @@ def _grade_values(exercise: Exercise, function: Callable[..., Any], case: Case, 
     try:
         outcome = exercise.run(function, case, limit_s)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        return Verdict(False, f"{case.label}: {error_text(error)}", case)
+        said = f"{case.label}: {error_text(error)}"
+        return Verdict(False, said if isinstance(error, RuleError) else with_call(exercise, case, said), case)
     expected = exercise.spec(case)
     problem = _toy_problem(outcome.toy)
     found = None if problem else first_difference(expected, outcome.outputs)
     if found is not None:
         problem = difference_text(exercise, found)
-    return Verdict(not problem, f"{case.label}: {problem}", case, outcome, expected, found[:2] if found else None)
+    said = with_call(exercise, case, f"{case.label}: {problem}")
+    return Verdict(not problem, said, case, outcome, expected, found[:2] if found else None)
 
 
 def _call_problem(exercise: Exercise, outcome: Outcome) -> str:
@@ -189,7 +194,7 @@ def _work_problem(exercise: Exercise, case: Case, outcome: Outcome) -> str:
     if outcome.work <= target:
         return ""
     times = f", {outcome.work / target:.1f}× as much" if target else ""
-    return f"the results are right, but it took {outcome.work:,} {exercise.unit}; the target is {target:,}{times}"
+    return f"the results are right. It took {outcome.work:,} {exercise.unit}; the target is {target:,}{times}"
 
 
 def error_text(error: BaseException) -> str:
@@ -198,6 +203,7 @@ def error_text(error: BaseException) -> str:
         return str(error)
     message = " ".join(f"{type(error).__name__}: {error}".split())
     where = line_of_error(error)
+    where = "" if where.startswith("exercises/") else where  # ours, where the learner's function was called
     alone = ALONE if isinstance(error, NameError) else ""
     return shorten(message, 110) + (f" ({shorten(where, 80)})" if where else "") + alone
 
@@ -215,6 +221,13 @@ def _toy_problem(toy: ToyRun | None) -> str:
     lines = [f"  rank {rank} {what}" for rank, what in toy.waits.items()]
     lines += [f"  rank {rank} has returned" for rank in range(len(toy.results)) if rank not in toy.waits]
     return "nobody can go on:\n" + "\n".join(lines)
+
+
+def with_call(exercise: Exercise, case: Case, said: str) -> str:
+    """A verdict, with the call that the case makes, where it is one of plain numbers and lists and fits the line."""
+    call = f"{exercise.function}({', '.join(map(repr, case.inputs))})"
+    fits = exercise.plain and not exercise.on_ranks and len(said.splitlines()[-1]) + len(call) <= MOST_CHARACTERS
+    return f"{said}, in {call}" if fits else said
 
 
 def difference_text(exercise: Exercise, found: tuple[int, tuple[int, ...], Any, Any]) -> str:

@@ -14,7 +14,7 @@ import ast
 from itertools import count
 from typing import Any
 
-from minillm.lesson.desk import Desk
+from minillm.lesson.desk import Desk, solution
 from minillm.ranks.pool import Ranks
 from minillm.viz.style import show
 
@@ -22,7 +22,7 @@ _cells = count(1)
 
 
 def register(shell: Any) -> None:
-    """Give an IPython shell the magic."""
+    """Give an IPython shell the magics, and `solution`."""
 
     def ranks(line: str, cell: str) -> Any:
         """Run this cell on every rank; its value is the list of what each rank's last line gave."""
@@ -59,5 +59,6 @@ def register(shell: Any) -> None:
         if figure is not None:
             show(figure)
 
+    shell.user_ns.setdefault("solution", solution)
     shell.register_magic_function(exercise, magic_kind="cell", magic_name="exercise")
     shell.register_magic_function(ranks, magic_kind="cell", magic_name="ranks")

@@ -44,6 +44,7 @@ class Predict(InteractivePicture):
     skipped = traitlets.Bool(False).tag(sync=True)
     truth = traitlets.Float(None, allow_none=True).tag(sync=True)
     why = traitlets.Unicode().tag(sync=True)
+    how = traitlets.Unicode("measured").tag(sync=True)
     picture = traitlets.Unicode().tag(sync=True)  # a PNG in base64, shown with the truth
 
     def __init__(
@@ -60,11 +61,16 @@ class Predict(InteractivePicture):
         self.observe(self._fixed, names=["locked"])
 
     def reveal(
-        self, truth: float, why: str = "", draw: Callable[[float | None], Figure] | Figure | None = None
+        self,
+        truth: float,
+        why: str = "",
+        draw: Callable[[float | None], Figure] | Figure | None = None,
+        how: str = "measured",
     ) -> Predict:
         """The measurement (or the number of the right choice). Returns the widget: end the cell with it.
 
-        `why` is a sentence, `draw` a figure or a function of the guess that draws one; they appear with the truth.
+        `why` is a sentence, `draw` a figure or a function of the guess that draws one; they appear with the truth. `how` the
+        truth was found is said before it: "measured", "replayed", "planned".
         Raises `ValueError` for what is no number above 0, or no choice.
         """
         truth = float(truth)
@@ -72,7 +78,7 @@ class Predict(InteractivePicture):
             raise ValueError(f"the right choice {truth:g} is not one of 0 … {len(self.choices) - 1}")
         if not self.choices and not (truth > 0 and math.isfinite(truth)):
             raise ValueError(f"the measurement {truth} cannot stand on a logarithmic axis: give a number above 0")
-        self.why = why
+        self.why, self.how = why, how
         self._draw = (lambda guess: draw) if isinstance(draw, Figure) else draw
         self._redraw()
         self.truth = truth
@@ -115,7 +121,7 @@ class Predict(InteractivePicture):
         if self.truth is not None:
             place = min(max(self.truth, self.low), self.high)
             axis.vlines(place, 0, 0.7, color=INK, linewidth=4)
-            axis.text(place, 0.75, f"measured {plain(self.truth)} {self.unit}", ha="center", color=INK)
+            axis.text(place, 0.75, f"{self.how} {plain(self.truth)} {self.unit}", ha="center", color=INK)
         if self.value is not None:
             axis.vlines(self.value, 0, 0.5, color=GUESS, linewidth=2, linestyle="--")
             axis.text(self.value, 0.52, f"your guess {plain(self.value)}", ha="center", color=GUESS)

@@ -29,11 +29,12 @@ class Sketch(InteractivePicture):
     low = traitlets.Float().tag(sync=True)
     high = traitlets.Float().tag(sync=True)
     guess: Any = traitlets.List().tag(sync=True)
-    touched = traitlets.Bool(False).tag(sync=True)
+    touched: Any = traitlets.List().tag(sync=True)  # the dots that were moved
     locked = traitlets.Bool(False).tag(sync=True)
     skipped = traitlets.Bool(False).tag(sync=True)
     truths: Any = traitlets.Dict().tag(sync=True)  # name -> a value for each place
     why = traitlets.Unicode().tag(sync=True)
+    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self, name: str, question: str, places: Sequence[float], place_label: str, unit: str, low: float, high: float
@@ -46,15 +47,18 @@ class Sketch(InteractivePicture):
         self.guess = [(low + high) / 2] * len(places)
         self.observe(lambda change: self._keep(), names=["locked"])
 
-    def reveal(self, truths: Mapping[str, Sequence[float]], why: str = "") -> Sketch:
+    def reveal(self, truths: Mapping[str, Sequence[float]], why: str = "", caption: str = "") -> Sketch:
         """What is true at each place: the first is drawn as a line, the others as dots. Returns the widget.
+
+        `why` is a sentence; `caption` names clock, device and model.
 
         Raises `ValueError` for another number of values than places.
         """
         for name, values in truths.items():
             if len(values) != len(self.places):
                 raise ValueError(f"{name!r} has {len(values)} values for {len(self.places)} places")
-        self.why, self.truths = why, {name: [float(value) for value in values] for name, values in truths.items()}
+        self.why, self.caption = why, caption
+        self.truths = {name: [float(value) for value in values] for name, values in truths.items()}
         self._keep()
         return self
 
@@ -82,7 +86,7 @@ class Sketch(InteractivePicture):
         if self.truths or self.value is not None:
             axis.legend(loc="best")
         axis.grid(color="#ececec", linewidth=0.8)
-        return frame(figure, self.question, self.why or "run the notebook to draw it here")
+        return frame(figure, self.question, self.caption or self.why or "run the notebook to draw it here")
 
     def _keep(self) -> None:
         if self.locked and self.truths:

@@ -34,13 +34,14 @@ def pipeline_program(
         spans.append(Span(rank, kind, name, at, at + seconds, step, cpu_s=seconds, **about))
 
     for batch in range(count):
+        requests = (batch % depth if depth else batch,)
         for stage in range(stages):
             last = stage == stages - 1
             if stage > 0:
                 add(stage, Kind.WAITING, "hidden states", batch, group="pipe", sequence=batch, peer=stage - 1)
             elif depth is not None and batch >= depth and stages > 1:
                 add(0, Kind.WAITING, "tokens", batch, group="notes", sequence=batch - depth, peer=stages - 1)
-            add(stage, kind, kind.value, batch, times_s[stage][batch])
+            add(stage, kind, kind.value, batch, times_s[stage][batch], request_ids=requests)
             if not last:
                 message: dict[str, Any] = {
                     "group": "pipe",

@@ -13,7 +13,7 @@ from minillm.trace.trace import Span, Trace
 from minillm.viz.style import frame, new_figure, png
 from minillm.viz.timeline import draw_timeline, memory_steps
 from minillm.viz.widget import InteractivePicture, script
-from minillm.viz.words import bytes_text, caption_of, plain
+from minillm.viz.words import batch_letters, bytes_text, caption_of, plain
 
 REFRESH_S = 0.1  # ten pictures a second at most
 
@@ -30,7 +30,7 @@ class Timeline(InteractivePicture):
     finding = traitlets.Unicode().tag(sync=True)
     caption = traitlets.Unicode().tag(sync=True)
     lanes: Any = traitlets.List().tag(sync=True)
-    spans: Any = traitlets.List().tag(sync=True)  # [lane, kind, start s, end s, what hovering tells]
+    spans: Any = traitlets.List().tag(sync=True)  # [lane, kind, start s, end s, what hovering tells, letter]
     memory: Any = traitlets.List().tag(sync=True)  # [category, [[time s, bytes] …]] of the rank that holds most
     memory_label = traitlets.Unicode().tag(sync=True)
 
@@ -92,9 +92,14 @@ class Timeline(InteractivePicture):
         place = {lane: number for number, lane in enumerate(lanes)}
         start = trace.start_s
         self.lanes = [f"rank {rank}" + (f" {lane}" if several else "") for rank, lane in lanes]
+        letters = batch_letters(trace)
         self.spans = [
-            [place[s.rank, s.lane], s.kind.value, s.start_s - start, s.end_s - start, told(s)] for s in trace.spans
-        ]
+            [
+                place[s.rank, s.lane], s.kind.value, s.start_s - start, s.end_s - start, told(s),
+                letters.get(s.request_ids, ""),
+            ]
+            for s in trace.spans
+        ]  # fmt: skip
 
 
 def told(span: Span) -> str:

@@ -27,13 +27,15 @@ def draw_memory(
     size, unit = byte_unit(tallest)
     figure, (axis,) = new_figure(3.6)
     places, centres = _places(runs)
-    for (_, _, peaks), place in zip(bars, places):
+    for (name, rank, peaks), place in zip(bars, places):
         base = 0.0
         for category in Category:
             height = peaks.get(category, 0) / size
             axis.bar(place, height, bottom=base, width=0.8, color=CATEGORY_COLOURS[category])
             base += height
         axis.text(place, base, plain(base), ha="center", va="bottom", color=INK)
+        if len(runs[name].ranks) > 1:
+            axis.text(place, 0, f"rank {rank}", ha="center", va="bottom", color=INK, fontsize=9)
     if guess_bytes is not None:
         axis.axhline(guess_bytes / size, color=GUESS, linestyle="--", linewidth=1.6)
         axis.annotate(

@@ -78,7 +78,9 @@ def _finding(times: list[TokenTime]) -> str:
     enough = next((count for count, time in enumerate(times, 1) if time.fetched_s == 0), None)
     if enough is None:
         return f"Even {MOST_DEVICES} do not hold it, so each token waits for the host"
+    slower = times[-1].total_s / times[enough - 1].total_s
+    more = f"{MOST_DEVICES} take {slower:.2g} times as long" if slower > 1.1 else "more gain nothing"
     if enough == 1:
-        return "One device holds it: more of them bring no token sooner"
+        return f"One device holds it: {more}"
     gain = times[0].total_s / times[enough - 1].total_s
-    return f"{enough} devices hold it, and are {plain(gain)} times as fast as one; more gain nothing"
+    return f"{enough} devices hold it, and are {gain:.2g} times as fast as one; {more}"

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from minillm.trace.replay import bubble_share
-from minillm.trace.trace import Category, Kind, Trace
+from minillm.trace.trace import Category, Clock, Kind, Span, Trace
 from minillm.viz.style import INK, STYLE, WIDTH, frame, legend
-from minillm.viz.words import CATEGORY_COLOURS, KIND_COLOURS, byte_unit, caption_of, plain, time_unit
+from minillm.viz.words import CATEGORY_COLOURS, KIND_COLOURS, batch_letters, byte_unit, caption_of, plain, time_unit
 
 LEGEND = {
     Kind.PREFILL: "prefill: reads the prompt",
-    Kind.DECODE: "decode: one token a bar",
+    Kind.DECODE: "decode: next tokens",
     Kind.COMMUNICATION: "communication",
     Kind.WAITING: "waiting",
 }
@@ -52,8 +52,9 @@ def draw_timeline(
     return frame(figure, finding, caption_of(trace) if caption is None else caption)
 
 
-def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str) -> Figure:
-    """One panel per run over a common time axis: what each rank did, how long it took, and the share that was idle.
+def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str, bubbles: bool = True) -> Figure:
+    """One panel per run over a common time axis: what each rank did, how long it took and, with `bubbles`, the share that was
+    idle.
 
     Raises `ValueError` for a run in which nothing was computed.
     """
@@ -67,9 +68,8 @@ def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str) -> Figure:
     for number, (axis, (name, trace)) in enumerate(zip(axes, shown.items())):
         draw_lanes(axis, trace, sorted({(span.rank, span.lane) for span in trace.spans}), (), scale, keys=number == 0)
         took = plain((trace.end_s - trace.start_s) * scale)
-        axis.set_title(
-            f"{name}: {took} {unit}, {bubble_share(trace):.0%} of the ranks' time is bubble", loc="left", fontsize=10
-        )
+        idle = f", {bubble_share(trace):.0%} of the ranks' time is bubble" if bubbles else ""
+        axis.set_title(f"{name}: {took} {unit}{idle}", loc="left", fontsize=10)
     axes[-1].set(xlabel=f"time ({unit})", xlim=(0, length_s * scale * 1.01))
     return frame(figure, finding, caption)
 
@@ -77,10 +77,19 @@ def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str) -> Figure:
 def draw_lanes(
     axis: Any, trace: Trace, lanes: list[tuple[int, str]], notes: Sequence[str], scale: float, keys: bool = True
 ) -> None:  # fmt: skip
-    """Lane under lane, a bar for each span; with `keys` the colours' meaning above."""
+    """Lane under lane, a bar for each span, with its batch's letter where there is room; with `keys` the colours' meaning
+    above. On the replay clock a rank that has nothing left to do waits.
+    """
     place = {lane: row for row, lane in enumerate(lanes)}
     edge = (trace.end_s - trace.start_s) / 250  # narrower bars get no white edge, or it would cover them
-    for span in trace.spans:
+    letters, room = batch_letters(trace), (trace.end_s - trace.start_s) / 55
+    spans = [*trace.spans, *(_idle_after(trace) if trace.clock is Clock.REPLAYED else ())]
+    for span in spans:
+        letter = letters.get(span.request_ids, "") if span.duration_s > room else ""
+        middle = ((span.start_s + span.end_s) / 2 - trace.start_s) * scale
+        axis.text(
+            middle, place[span.rank, span.lane], letter, ha="center", va="center_baseline", fontsize=9, color="white"
+        )
         waits = span.kind is Kind.WAITING
         axis.barh(
             place[span.rank, span.lane], span.duration_s * scale, left=(span.start_s - trace.start_s) * scale,
@@ -96,9 +105,17 @@ def draw_lanes(
     axis.set_ylim(len(lanes) - 0.6, -0.75 if notes else -0.5)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
-    kinds = [kind for kind in KIND_COLOURS if any(span.kind is kind for span in trace.spans)]
+    kinds = [kind for kind in KIND_COLOURS if any(span.kind is kind for span in spans)]
     if keys:
         legend(axis, [_patch(kind) for kind in kinds], [LEGEND[kind] for kind in kinds])
+
+
+def _idle_after(trace: Trace) -> list[Span]:
+    """From each lane's last span to the end of the run."""
+    ends: dict[tuple[int, str], float] = {}
+    for span in trace.spans:
+        ends[span.rank, span.lane] = max(span.end_s, ends.get((span.rank, span.lane), 0.0))
+    return [Span(rank, Kind.WAITING, "nothing left", end, trace.end_s, lane=lane) for (rank, lane), end in ends.items()]
 
 
 def _patch(kind: Kind) -> Patch:

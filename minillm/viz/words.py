@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import ascii_uppercase
 from typing import Any
 
 from minillm.trace.trace import Category, Kind, Trace
@@ -71,3 +72,13 @@ def round_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten within the limits of an axis; beyond three decades only the powers."""
     steps = (1, 2, 5) if high < 1000 * low else (1,)
     return [step * 10.0**power for power in range(-9, 15) for step in steps if low <= step * 10.0**power <= high]
+
+
+def batch_letters(trace: Trace) -> dict[tuple[int, ...], str]:
+    """A letter for each batch of requests that goes through several ranks, in order; none for a single one or over 26."""
+    batches = dict.fromkeys(
+        span.request_ids for span in sorted(trace.spans, key=lambda span: span.start_s) if span.request_ids
+    )
+    if len(trace.ranks) < 2 or not 2 <= len(batches) <= len(ascii_uppercase):
+        return {}
+    return dict(zip(batches, ascii_uppercase))

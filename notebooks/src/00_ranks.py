@@ -325,8 +325,6 @@ print(f"together      {sum(weights for _, weights, _ in answers):,} bytes for on
 # %%exercise 00.total
 
 # %%
-from minillm.lesson.desk import solution
-
 # solution("00.shift")  # take the "#" away to see one
 
 # %% [markdown]

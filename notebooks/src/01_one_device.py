@@ -180,6 +180,7 @@ for count, run in runs.items():
     step_s[count] = median(span.duration_s for span in run.spans if span.kind is Kind.DECODE)
     dots += [dot for dot in measured_dots(run) if dot.label.startswith("decode")]
 
+# %%
 finding = "Each further request of the batch moves decode to the right"
 batch.reveal(
     step_s[8] / step_s[1],
@@ -294,7 +295,8 @@ show_source("engine.engine.Engine.schedule")
 # ## Your turn
 #
 # Edit a frame and run its cell: one fact about the smallest case that fails. It runs in a process of its own. With
-# `%%exercise 01.kv_cache --here` it runs in this one, and `breakpoint()` stops in it.
+# `%%exercise 01.kv_cache --here` it runs in this one, and `breakpoint()` stops in it. A hint comes after the first failed
+# try and after the third; `solution("01.kv_cache")` shows a solution, any time.
 #
 # **Bytes** (about 5 minutes). How much memory does a KV cache take?
 

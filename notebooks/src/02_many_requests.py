@@ -183,9 +183,11 @@ def with_long_prompt(**switches):
     return engine.trace
 
 
+whole = with_long_prompt(chunked_prefill=False)
+
+# %%
 from minillm.viz.requests import draw_requests
 
-whole = with_long_prompt(chunked_prefill=False)
 felt.reveal(
     2, "Who is in a step waits for all of it, and here everybody is in it.",
     draw_requests(whole, "Read in one step, the prompt makes everybody wait: see the gap between ticks"),
@@ -313,6 +315,8 @@ show(draw_requests(greedy, "Prompts first: the first comer's second token waits 
 # The tokens are right. A bad schedule never makes wrong answers, only late ones, and no error tells.
 #
 # ## Your turn
+#
+# A hint comes after the first failed try and after the third; `solution("02.schedule")` shows a solution, any time.
 #
 # **Static steps** (about 5 minutes).
 

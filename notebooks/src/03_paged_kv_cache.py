@@ -105,6 +105,8 @@ requests["reserved"] = reserving.prepare(prompts, answers)
 cells = watch(reserving, requests["reserved"])
 caches = {"reservations of 256": split(cells, 16), **caches}
 share = [filled for _, holders, filled in cells if holders]
+
+# %%
 used.reveal(
     100 * sum(share) / len(share),
     "Each of the four holds room for 256 tokens and ends with fewer than 70. The other four requests "
@@ -155,6 +157,8 @@ for switch in (False, True):
         output = engine.generate([question], SamplingParams(max_tokens=8))[0]
     seconds[switch], said[switch] = output.metrics.ttft_s, output.token_ids
 print("the same tokens:", said[True] == said[False])
+
+# %%
 sooner.reveal(
     seconds[False] / seconds[True],
     f"{output.metrics.reused_tokens} of {len(output.prompt_token_ids)} tokens, whole blocks, were there "
@@ -246,6 +250,8 @@ with patch.object(BlockTable, "write", no_copy):
     bad = sampling.generate(forks, three)[0]
 pairs = list(zip(bad.samples, good.samples))
 broken = [mine for mine, theirs in pairs if mine.token_ids != theirs.token_ids]
+
+# %%
 wrong.reveal(3, f"{3 - len(broken)} of 3 is right. Where all three write, the words of the last one "
                 f"stay, and the others attend to them: “{broken[0].text.strip()}” No error tells.")
 
@@ -280,6 +286,8 @@ WhatIf(draw_what_if, "How many sequences fit beside the weights?", device=["A100
 # any of the three.
 #
 # ## Your turn
+#
+# A hint comes after the first failed try and after the third; `solution("03.write")` shows a solution, any time.
 #
 # **Waste** (about 5 minutes).
 

@@ -45,7 +45,7 @@ prompt = four.tokenizer.chat([{"role": "user", "content": "What is the capital o
 # %%
 from minillm.viz.live import Timeline
 
-live = Timeline(finding="One question on four ranks: one works, three wait")
+live = Timeline(finding="One question goes through four ranks")
 shown = display(live, display_id=True)
 four.on_span = live.push
 answer = four.generate([prompt], SamplingParams(max_tokens=7))[0]
@@ -75,13 +75,13 @@ for name, stage in devices.items():
 #
 # ## Predict
 #
-# One device takes one second for an answer.
+# One device answers a question. Now four share its layers.
 
 # %%
 from minillm.lesson.predict import Predict
 
 seconds = Predict(
-    "04.seconds", "How long do four take, each with a quarter of the layers?", "s", 0.1, 10
+    "04.seconds", "How many times as long do four take, each with a quarter of the layers?", "×", 0.1, 10
 )
 seconds
 
@@ -116,7 +116,7 @@ seconds.reveal(
 # %% [markdown]
 # ## What adds up
 #
-# Memory does. Or does it?
+# Memory does. Or does it? Each holds about a quarter of the layers, and so a quarter of the weights?
 
 # %%
 fullest = Predict(
@@ -129,10 +129,12 @@ from minillm.viz.memory import draw_memory
 
 weights = {"one device": one.trace, "four stages": four.trace}
 held = [sum(four.trace.peak_bytes(rank).values()) for rank in range(4)]
+whole = sum(one.trace.peak_bytes(0).values())
 fullest.reveal(
-    100 * max(held) / sum(one.trace.peak_bytes(0).values()),
+    100 * max(held) / whole,
     "The first stage has the embedding too, a table of 49,152 words, and the last one the LM head. In "
-    "SmolLM2 they are the same numbers, and one device needs them once; here both ends hold them.",
+    "SmolLM2 they are the same numbers, and one device needs them once; here both ends hold them. So "
+    f"the four hold {sum(held) / 1e6:.0f} MB together, and one device {whole / 1e6:.0f} MB.",
     draw_memory(weights, "Four ranks share the layers; the ends carry more"),
 )
 
@@ -150,8 +152,8 @@ for rank, loaded in enumerate(four.instance.loaded):
     print(f"rank {rank}: {layers}  predicted {predicted:11,} bytes, holds {held:11,}")
 
 # %% [markdown]
-# And what the weights leave free is room for the KV cache, on every device. A stage caches its own layers only, so one
-# block of 16 tokens costs it a quarter:
+# The KV cache adds up better. A stage caches its own layers only, so the same gigabyte on each device holds nearly four
+# times the tokens:
 
 # %%
 for name, llm in (("one device", one), ("four stages", four)):
@@ -173,7 +175,7 @@ show_source("parallel.pipeline.Stage.pass_on")
 # %% [markdown]
 # ## Break it
 #
-# A cut off by one: a layer falls between two stages, and nobody runs it. First the layer at the second cut, number 8; then
+# A cut off by one: a layer falls between two stages, and nobody runs it. First the layer at the first cut, number 8; then
 # the one at the last cut, number 22.
 
 # %%
@@ -196,17 +198,29 @@ def without(layer):
     return text.strip()
 
 
+heard = [without(layer) for layer in (8, 22)]
+
+# %%
 lost.reveal(
     2,
-    f"Without 8: “{without(8)}” Without 22: “{without(22)}” No error tells. Only a comparison with one "
+    f"Without 8: “{heard[0]}” Without 22: “{heard[1]}” No error tells. Only a comparison with one "
     "device does, token by token; every layout of this course is held to it.",
 )
+
+# %% [markdown]
+# Try `without(0)`, and others. Which layers can a model do without, at least for a moment?
 
 # %% [markdown]
 # ## The other way out: fetch the weights
 #
 # With one small device there is another way: leave the weights on the disk, and read each layer when it is its turn.
 # `accelerate` does it for any model; here for ours, with its weights on this machine's disk.
+
+# %%
+fetched = Predict(
+    "04.disk", "How many times as long does a token take, fetched from the disk?", "×", 1, 1000
+)
+fetched
 
 # %% tags=["nbval-ignore-output"]
 from tempfile import TemporaryDirectory
@@ -217,9 +231,15 @@ with TemporaryDirectory() as folder:
     disk = offloaded(one, folder)
     run = disk.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))[0]
 print("the same tokens:", run.token_ids == tokens["one"][:4])
-for name, seconds_each in (("all in memory", tpot["one"]), ("four ranks", tpot["four"]),
-                           ("from the disk", run.metrics.tpot_s)):
-    print(f"{name:14} {seconds_each * 1e3:5.0f} ms a token")
+
+# %%
+disk_s = run.metrics.tpot_s
+fetched.reveal(
+    disk_s / tpot["one"],
+    "Every token needs all the weights, so every token waits for all of them to come: "
+    f"{tpot['one'] * 1e3:.0f} ms a token from memory, {tpot['four'] * 1e3:.0f} on four ranks, "
+    f"{disk_s * 1e3:.0f} from the disk.",
+)
 
 # %% [markdown]
 # (On a machine with several GPUs, `accelerate` spreads layers as we do here, with `device_map="auto"`; one process then
@@ -247,10 +267,12 @@ WhatIf(draw_what_if, "How many devices does it take?", device=["A100 80GB", "T4"
        link=["PCIe 4 x16", "NVLink 3", "100 Gbit/s", "1 Gbit/s"])
 
 # %% [markdown]
-# The link hardly matters: a few kilobytes go from stage to stage. Even Ethernet will do. That is why layers are what one
-# cuts *between machines*. (Why the link matters for other cuts: lesson 06.)
+# For a large model the link hardly matters: a few kilobytes go from stage to stage, and Ethernet will do. That is why layers
+# are what one cuts *between machines*. Only a model that is small for its devices spends more on the way than on the work.
 #
 # ## Your turn
+#
+# A hint comes after the first failed try and after the third; `solution("04.cut")` shows a solution, any time.
 #
 # **Even stages** (about 5 minutes).
 

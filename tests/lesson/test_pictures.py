@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -38,7 +39,7 @@ from minillm.viz.waiting import draw_waiting
 from minillm.viz.walk import BATCHES, CONTEXTS, RooflineWalk, decode_cost
 from minillm.viz.whatif import WhatIf
 from minillm.viz.widget import InteractivePicture
-from minillm.viz.words import bytes_text, plain
+from minillm.viz.words import batch_letters, bytes_text, plain
 
 
 def texts(figure) -> str:
@@ -159,7 +160,7 @@ def test_the_live_timeline_grows_and_ends_as_the_still_one() -> None:
     view = Timeline(finding="It grows")
     assert still(view)
     view.push(run.spans[0])
-    assert view.spans == [[0, "prefill", 0.0, 1.0, view.spans[0][4]]]
+    assert view.spans == [[0, "prefill", 0.0, 1.0, view.spans[0][4], ""]]
     assert "rank 0 · prefill · 1,000 ms" in view.spans[0][4]
     view.on_event(1, run.spans[0])
     view.on_event(1, "no span")
@@ -342,3 +343,16 @@ def test_room_for_sequences() -> None:
     assert none.get_suptitle() == "Not one such sequence fits beside the weights"
     with pytest.raises(ValueError, match="the weights take 141.1 GB, and of the 16 GB of T4 90% are used"):
         draw_room(find_device("T4"), SHAPES["Llama-3.1-70B"], "float16", [10], "computed")
+
+
+def test_batches_on_several_ranks_have_letters() -> None:
+    """In the order in which they begin; a single request, a single rank or too many batches have none."""
+    spans = [
+        Span(rank, Kind.PREFILL, "prefill", rank + n, rank + n + 1, request_ids=(number,))
+        for n, number in enumerate((7, 3, 7))
+        for rank in (0, 1)
+    ]
+    assert batch_letters(Trace(spans)) == {(7,): "A", (3,): "B"}
+    assert batch_letters(Trace(spans[::2])) == {}
+    assert batch_letters(Trace([replace(span, request_ids=(1,)) for span in spans])) == {}
+    assert batch_letters(Trace([replace(spans[n % 2], request_ids=(n,)) for n in range(40)])) == {}

@@ -138,6 +138,7 @@ KV_CACHE = Exercise(
         Case("a prompt of 8 tokens, then 16 tokens", (24, 8, 8)),
     ),
     drive=_drive_attention,
+    plain=False,
     target=lambda case: case.inputs[0],
     unit="projected rows",
     names=("call 0, the prompt", *(f"call {number}" for number in range(1, 40))),

@@ -236,6 +236,7 @@ SCHEDULE = Exercise(
         ),
     ),
     drive=_drive_schedule,
+    plain=False,
     target=_schedule_steps,
     unit="steps",
     names=tuple(f"request {number}: longest wait for a token, in steps" for number in range(20)),

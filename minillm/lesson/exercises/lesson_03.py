@@ -239,6 +239,7 @@ WRITE = Exercise(
         ),
     ),
     drive=drive_write,
+    plain=False,
     target=lambda case: _reference(case).work,
     unit="blocks taken from the pool",
     names=("blocks still held when all have ended", *(f"token {number} read back" for number in range(60))),

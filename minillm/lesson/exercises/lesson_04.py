@@ -126,7 +126,7 @@ def fullest(sizes, layer, embedding, head):
     return max(held)
 ''',
     hints=(
-        "The stage with the most layers need not be the fullest. What else does the first one hold?",
+        "The stage with the most layers need not be the fullest. What else do the first one and the last one hold?",
         "Make a list with what each stage's layers take, add `embedding` to the first and `head` to the last, then take the max.",
     ),
 )

@@ -25,7 +25,7 @@ def drive_ends(function: Callable[..., Any], case: Case) -> Outcome:
     """One number for each stage. Raises `RuleError` for another length."""
     ends = function([list(row) for row in case.inputs[0]])
     if not isinstance(ends, (list, tuple)) or len(ends) != len(case.inputs[0]):
-        raise RuleError(f"return a list with a number for each of the {len(case.inputs[0])} stages")
+        raise RuleError(f"return a list with one number for each stage, here {len(case.inputs[0])}")
     return Outcome([float(end) for end in ends])
 
 
@@ -148,6 +148,8 @@ def sizes(layers, stages, layer, head):
     solution='''\
 def sizes(layers, stages, layer, head):
     """Try every number of layers for the last stage; the others share the rest."""
+    if stages == 1:
+        return [layers]
     best = None
     for last in range(1, layers - stages + 2):
         base, rest = divmod(layers - last, stages - 1)
@@ -175,8 +177,8 @@ GROUPS = Exercise(
     cases=(
         Case("4 requests with 100 tokens each, 2 stages", ([100] * 4, 2)),
         Case("1,000, 900, 100 and 100 cached tokens, 2 stages", ([1000, 900, 100, 100], 2)),
-        Case("eight unequal prompts, 4 stages", ([4000, 3000, 2500, 1200, 900, 700, 300, 100], 4)),
-        Case("one very long prompt among eleven, 4 stages", ([8000] + [1000] * 5 + [500] * 6, 4)),
+        Case("eight unequal prompts, 4 stages", ([300, 4000, 700, 1200, 100, 3000, 900, 2500], 4)),
+        Case("one very long prompt among eleven, 4 stages", ([500] * 6 + [1000] * 5 + [8000], 4)),
     ),
     starter='''\
 def groups(contexts, stages):

@@ -59,7 +59,7 @@ function render({ model, el }) {
   function verdict() {
     const truth = model.get("truth"), guess = model.get("locked") ? model.get("guess") : null;
     if (choices.length) return `${guess === null ? "It is" : guess === truth ? "Right:" : "No. It is"} (${"abcdef"[truth]}) ${choices[truth]}.`;
-    const measured = `Measured: ${plain(truth)} ${unit}.`;
+    const how = model.get("how"), measured = `${how[0].toUpperCase()}${how.slice(1)}: ${plain(truth)} ${unit}.`;
     if (guess === null) return measured;
     const factor = guess > truth ? guess / truth : truth / guess;
     return `${measured} You said ${plain(guess)}: ${factor < 1.25 ? "very close" : `${plain(factor)} times too ${guess > truth ? "high" : "low"}`}.`;
@@ -87,7 +87,7 @@ function render({ model, el }) {
     if (revealed()) {
       const truth = model.get("truth");
       shape("line", { x1: x(truth), x2: x(truth), y1: 30, y2: 62, stroke: LOOK.ink, "stroke-width": 4 }, svg);
-      text(svg, x(truth), 22, `measured ${plain(truth)} ${unit}`, LOOK.ink, 13, anchor(x(truth)));
+      text(svg, x(truth), 22, `${model.get("how")} ${plain(truth)} ${unit}`, LOOK.ink, 13, anchor(x(truth)));
     }
     if (model.get("guess") !== null) {
       const guess = model.get("guess"), clash = revealed() && Math.abs(x(guess) - x(model.get("truth"))) < 150;

@@ -21,7 +21,8 @@ function cutStrip(box, first, ends, moved) {
     sizes.forEach((size, stage) => {
       for (let n = upto(stage); n < upto(stage + 1); n++)
         shape("rect", { x: left + n * cell, y: 10, width: cell, height: 28, fill: shades[stage % 8], stroke: "white" }, svg);
-      label(left + (upto(stage) + size / 2) * cell, `rank ${stage}: ${size}`);
+      const wide = size * cell > 70; // the number alone where there is no room for more
+      label(left + (upto(stage) + size / 2) * cell, wide ? `rank ${stage}: ${size}` : String(size));
     });
     for (let cut = 1; cut < sizes.length; cut++) {
       const at = left + upto(cut) * cell;

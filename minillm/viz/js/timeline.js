@@ -63,7 +63,7 @@ function render({ model, el }) {
     pen.beginPath();
     pen.rect(LEFT, 0, width() - LEFT - RIGHT, height);
     pen.clip();
-    spans().forEach(([lane, kind, start, end]) => block(pen, kind, toX(start), TOP + lane * ROW + 4, toX(end), ROW - 10));
+    spans().forEach(([lane, kind, start, end, , letter]) => block(pen, kind, toX(start), TOP + lane * ROW + 4, toX(end), ROW - 10, letter));
     if (hasMemory) steps(pen, lower);
     pen.restore();
     pen.fillStyle = LOOK.ink;
@@ -76,11 +76,16 @@ function render({ model, el }) {
     tellColours();
   }
 
-  function block(pen, kind, x0, y, x1, height) {
+  function block(pen, kind, x0, y, x1, height, letter) {
     if (x1 < LEFT || x0 > width()) return;
     const wide = Math.max(x1 - x0, 0.6);
     pen.fillStyle = LOOK.kinds[kind];
     pen.fillRect(x0, y, wide > 3 ? wide - 1 : wide, height);
+    if (letter && wide > 14) {
+      pen.fillStyle = "white";
+      pen.textAlign = "center";
+      pen.fillText(letter, x0 + wide / 2, y + height / 2);
+    }
     if (kind !== "waiting") return;
     pen.strokeStyle = "white";
     pen.save();
