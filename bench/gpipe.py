@@ -14,8 +14,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from minillm.kv.paged import PagedCache
 from minillm.model.config import read_config
 from minillm.parallel.layout import Layout
-from minillm.parallel.pipeline import load_stage
-from minillm.parallel.shards import Shard
+from minillm.parallel.loading import load_part
+from minillm.parallel.mesh import DeviceMesh
 from minillm.policy.batch import Batch, Chunk
 from minillm.ranks.membership import context
 from minillm.ranks.transfers import Transfer
@@ -35,7 +35,7 @@ class Layers(nn.Module):
 def set_up(folder: Path, layout: str, count: int, tokens: int) -> None:
     """Load this rank's stage and make the input, the same on every rank."""
     here, config = context(), read_config(folder)
-    model, _ = load_stage(folder, config, Shard(config, Layout.parse(layout), here.rank), here.device, torch.float32)
+    model = load_part(folder, DeviceMesh(Layout.parse(layout), here), torch.float32).model
     cache = PagedCache(model.config, 1, tokens, here.device, torch.float32)
     layers = Layers(model, cache, Batch((Chunk(0, 0, (1,) * tokens, (0,)),)))
     x = torch.randn(count, tokens, config.hidden_size, generator=torch.Generator().manual_seed(0))

@@ -57,9 +57,9 @@ class LLM:
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
-        if self.layout != Layout(pp=self.layout.pp, stages=self.layout.stages):
+        if self.layout != Layout(pp=self.layout.pp, tp=self.layout.tp, stages=self.layout.stages):
             raise ValueError(
-                f"layout {str(self.layout)!r} is not built yet: this version runs one device, '', and 'pp=…'"
+                f"layout {str(self.layout)!r} is not built yet: this version runs one device, '', 'pp=…' and 'tp=…'"
             )
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, self.config.dtype)

@@ -5,6 +5,8 @@ Only safetensors are read. A pickle can run code when it is opened, so it is ref
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,23 @@ def _download(name: str) -> Path:
     except Exception as error:  # the hub's own errors, and those of every layer of the network below it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"could not get {name} from the hub: {reason}") from None
+
+
+def fingerprint(folder: Path) -> str:
+    """A short text that differs for different checkpoints: of config.json, and of every tensor's name, shape, dtype and first
+    bytes.
+    """
+    digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            digest.update(header)
+            for name, entry in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    file.seek(8 + length + entry["data_offsets"][0])
+                    digest.update(file.read(min(64, entry["data_offsets"][1] - entry["data_offsets"][0])))
+    return digest.hexdigest()
 
 
 class Tensors:

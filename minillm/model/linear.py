@@ -25,13 +25,17 @@ class Linear(nn.Linear):
     few_rows = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x Wᵀ, and a bias if one is given."""
         if self.weight.is_mkldnn:
-            return multiply_packed(x, self.weight, self.bias)
+            return multiply_packed(x, self.weight, bias)
         if not (self.few_rows and self._on_cpu()):
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, bias)
         if x.shape[0] <= FEW_ROWS:
-            return multiply_few(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return multiply_few(x, self.weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
 
     def pack(self) -> None:
         """Keep the weight in oneDNN's own order from now on. Does nothing where that is switched off or not possible."""

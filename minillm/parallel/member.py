@@ -25,13 +25,14 @@ from minillm.model.decoder import Decoder
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.parallel.layout import Layout
+from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
-from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage, load_stage
-from minillm.parallel.shards import Shard
+from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order
 from minillm.ranks.baton import Baton
+from minillm.ranks.comm import Comm
 from minillm.ranks.membership import RankContext, context
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
@@ -53,7 +54,7 @@ class Loaded:
 @dataclass(frozen=True)
 class Recording:
     """How a call is recorded. `fresh`: it begins a trace. `live`: every span is reported at once. With `baton`, the path of
-    a file, one rank computes at a time.
+    a file, one rank computes at a time, and steps are cut where something is sent.
     """
 
     fresh: bool = True
@@ -117,6 +118,7 @@ class Member:
 
     model: Decoder
     pipe: Pipe
+    everyone: Comm  # all ranks of the instance
     intake: Intake
     seats: dict[int, Seat] = field(default_factory=dict)
     mail: dict[int, list[Message]] = field(default_factory=dict)  # for engines that have not been called yet
@@ -146,14 +148,18 @@ def cancel(request_ids: list[int]) -> Message:
 
 def load(instance: str, folder: Path, layout: Layout, dtype: torch.dtype) -> Loaded:
     """Read this rank's part of the checkpoint. Ranks may hold several instances, each under a name of its own."""
-    here, config = context(), read_config(folder)
+    here = context()
     mesh = DeviceMesh(layout, here)
-    pipe = Pipe(mesh.comm("pp"), mesh.comm("pp", host=True))  # while all are there: reading takes long
-    model, bytes_read = load_stage(folder, config, Shard(config, layout, here.rank), here.device, dtype)
-    for layer in model.layers:  # a long prompt is no fault
+    check_alike(mesh.all(), folder, dtype)
+    pipe = Pipe(
+        mesh.comm("pp"), mesh.comm("pp", host=True), mesh.comm("tp", host=True)
+    )  # while all are there: reading takes long
+    part = load_part(folder, mesh, dtype)
+    pipe.tensor = part.tensor
+    for layer in part.model.layers:  # a long prompt is no fault
         layer.register_forward_hook(lambda *_: here.tick())
-    here.held[instance] = Member(model, pipe, Intake(config, Tokenizer(folder)))
-    return Loaded(bytes_read, weight_bytes(model))
+    here.held[instance] = Member(part.model, pipe, mesh.all(), Intake(read_config(folder), Tokenizer(folder)))
+    return Loaded(part.bytes_read, weight_bytes(part.model))
 
 
 def unload(instance: str) -> None:
@@ -166,7 +172,7 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     here, member = context(), _member(instance)
     sharers = -(-here.world_size // max(1, here.backend.device_count))  # ranks on one GPU
     mine = options.num_blocks or default_num_blocks(member.model, options, sharers)
-    num_blocks = int(member.pipe.notes.all_gather(torch.tensor([mine])).min())
+    num_blocks = int(member.everyone.all_gather(torch.tensor([mine])).min())
     model = member.model
     cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)
     seat = member.seats[engine] = Seat(Stage(model, cache, member.pipe))
@@ -187,14 +193,14 @@ def serve(instance: str, engine: int, recording: Recording) -> None:
     seat = member.seats[engine]
     _record(seat, here, recording)
     baton: AbstractContextManager[Any] = Baton(recording.baton) if recording.baton else nullcontext()
-    seat.stage.baton = baton
+    seat.stage.hold(baton)
     try:
         if seat.engine is None:
             seat.stage.run()
         else:
             _lead(member, engine, here)
     finally:
-        seat.stage.baton = nullcontext()
+        seat.stage.hold(nullcontext())
         if isinstance(baton, Baton):
             baton.close()
         _report(here, seat.stage.recorder)
@@ -214,7 +220,8 @@ def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
             x = pipe.hidden.recv(room, pipe.stage - 1)
         x = model.through(x, batch, cache)
         if pipe.stage == pipe.last:
-            return model.logits(x, batch, every_row=True)
+            logits = model.logits(x, batch, every_row=True)
+            return pipe.tensor.whole(logits) if pipe.tensor else logits
         pipe.hidden.send(x, pipe.stage + 1)
         return None
 
@@ -251,7 +258,8 @@ def _told(seat: Seat, request: Request, piece: Piece) -> Told:
 def _record(seat: Seat, here: RankContext, recording: Recording) -> None:
     """Record this call as it is wanted; what was recorded before has been reported."""
     most = 1 if recording.live else REPORT_SPANS
-    recorder = Recorder(here.rank, recording.timing, activations=recording.activations)
+    details = recording.baton is not None
+    recorder = Recorder(here.rank, recording.timing, activations=recording.activations, details=details)
     recorder.on_span = lambda span: _report(here, recorder) if len(recorder.trace.spans) >= most else None
     if seat.engine is not None:
         seat.engine.record(recorder, fresh=recording.fresh)

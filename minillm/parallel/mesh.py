@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from minillm.parallel.layout import Layout
 from minillm.ranks.comm import Comm
 from minillm.ranks.membership import RankContext
@@ -18,6 +20,11 @@ class DeviceMesh:
         self.layout, self.rank = layout, here.rank
         self._here, self._place = here, layout.coordinates(here.rank)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rank's tensors live."""
+        return self._here.device
+
     def place(self, axis: str) -> int:
         """Which one of its line this rank is."""
         return self._place[axis]
@@ -25,6 +32,10 @@ class DeviceMesh:
     def size(self, axis: str) -> int:
         """How many ranks a line along the axis has."""
         return getattr(self.layout, axis)
+
+    def all(self) -> Comm:
+        """All ranks of the layout, for what the hosts tell each other."""
+        return self._here.comm(tuple(range(self.layout.world_size)), "instance", host=True)
 
     def comm(self, axis: str, host: bool = False) -> Comm:
         """The collectives of this rank's line along an axis; with `host` they carry tensors in host memory."""

@@ -13,19 +13,17 @@ import pickle
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from minillm.engine.runner import Work, step_span, weight_bytes, with_peak
 from minillm.kv.paged import PagedCache
-from minillm.model.config import ModelConfig
+from minillm.model.cost import Cost, block_costs, head_cost
 from minillm.model.decoder import Decoder
-from minillm.model.linear import pack
 from minillm.model.sampling import draw
-from minillm.model.weights import load_weights
 from minillm.parallel.shards import Shard
+from minillm.parallel.tensor import TensorGroup
 from minillm.ranks.comm import Comm
 from minillm.ranks.transfers import Transfer
 from minillm.trace.recorder import Recorder
@@ -55,37 +53,32 @@ def cut_to_stage(model: Decoder, shard: Shard) -> None:
     model.config = replace(model.config, layers=len(shard.layers))
 
 
-def load_stage(
-    folder: Path, config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype
-) -> tuple[Decoder, int]:
-    """The rank's part of a checkpoint, ready to compute; and the bytes read, which are its shard's."""
-    model = Decoder(config)
-    cut_to_stage(model, shard)
-    bytes_read = load_weights(model, folder, device, dtype, shard.cut, complete=False)
-    if not shard.first_stage:
-        model.embed_tokens = Elsewhere()  # type: ignore[assignment]  # of tied weights, the LM head has them now
-    pack(model)
-    return model, bytes_read
-
-
 @dataclass
 class Pipe:
-    """The line of ranks that a batch goes through. `hidden` carries hidden states from device to device, `notes` what the
-    hosts tell each other. Ranks within it are stages.
+    """What connects a rank with the others of its instance. Along the line of stages `hidden` carries hidden states from
+    device to device, and `notes` what the hosts tell each other; ranks within it are stages. `tensor` are the ranks that
+    share this stage's layers, if there are others; `orders` is how their first one tells them what to do.
     """
 
     hidden: Comm
     notes: Comm
+    orders: Comm
+    tensor: TensorGroup | None = None
 
     @property
     def stage(self) -> int:
-        """Which one this rank is."""
+        """Which one this rank is in."""
         return self.hidden.rank
 
     @property
     def last(self) -> int:
         """The number of the last one."""
         return self.hidden.size - 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first of those that share its stage's layers."""
+        return self.orders.rank == 0
 
 
 class Stage:
@@ -98,16 +91,28 @@ class Stage:
         self.model, self.cache, self.pipe = model, cache, pipe
         self.recorder = Recorder(rank=pipe.stage)
         self.baton: AbstractContextManager[object] = nullcontext()
+        self._above = (pipe.notes, pipe.stage - 1) if pipe.stage > 0 else (pipe.orders, 0)  # who says what to do
+        self._below = [(pipe.notes, pipe.stage + 1)] if pipe.stage < pipe.last else []
+        if pipe.stage == 0 and pipe.leads:
+            self._below += [(pipe.orders, other) for other in range(1, pipe.orders.size)]
         self._leaving: deque[tuple[Transfer, Span]] = deque()
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have what happens on this rank from now on."""
         self.recorder = recorder
+        if self.pipe.tensor is not None:
+            self.pipe.tensor.recorder = recorder
         recorder.memory(Category.WEIGHTS, weight_bytes(self.model))
+
+    def hold(self, baton: AbstractContextManager[object]) -> None:
+        """Compute only with this baton from now on."""
+        self.baton = baton
+        if self.pipe.tensor is not None:
+            self.pipe.tensor.baton = baton
 
     def run(self) -> None:
         """Serve batches until rank 0 says that there are no more."""
-        coming: deque[tuple[Work, Transfer]] = deque()
+        coming: deque[tuple[Work, Transfer | None]] = deque()
         note = self.expect_note()
         while True:
             while not coming or note.done:  # so that the next input moves while this one is computed
@@ -115,10 +120,10 @@ class Stage:
                 self.pass_note(work)
                 if work is None:
                     return self.settle()
-                coming.append((work, self.expect_hidden(work)))
+                coming.append((work, self.expect_hidden(work) if self.pipe.stage > 0 else None))
                 note = self.expect_note()
             work, transfer = coming.popleft()
-            x = self.receive(transfer, "hidden states", work.step)
+            x = self.receive(transfer, "hidden states", work.step) if transfer is not None else None
             self.recorder.memory(Category.KV_CACHE, work.used_blocks * self.cache.block_bytes)
             self.pass_on(work, self.compute(work, x))
 
@@ -126,13 +131,20 @@ class Stage:
         """This stage's part of a batch: hidden states [tokens, hidden] for the next stage or, after the last, the tokens
         drawn, one after the other.
         """
-        last = self.pipe.stage == self.pipe.last
-        span = step_span(self.recorder, self.model.config, work, self.model.dtype, head=last)
+        last, tensor = self.pipe.stage == self.pipe.last, self.pipe.tensor
+        span = step_span(
+            self.recorder,
+            self.model.config,
+            work,
+            self.model.dtype,
+            head=last,
+            costs=self._costs(work) if tensor else (),
+        )
         with self.baton, span, torch.inference_mode():
             self.cache.copy(work.batch.copies)
             out = with_peak(self.recorder, lambda: self._forward(work, x), self.model.device)
             if last:
-                drawn = draw(out, work.draws) if work.draws else []
+                drawn = (tensor.draw if tensor else draw)(out, work.draws) if work.draws else []
                 out = torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
             elif self.model.device.type == "cuda" and self.recorder.timing:
                 torch.cuda.current_stream().synchronize()  # so that the span is as long as the work
@@ -146,11 +158,18 @@ class Stage:
 
     def pass_on(self, work: Work, x: torch.Tensor) -> None:
         """Send hidden states to the next stage, or tokens to rank 0; returns at once."""
-        last = self.pipe.stage == self.pipe.last
-        comm, to, name = (
-            (self.pipe.notes, 0, "tokens") if last else (self.pipe.hidden, self.pipe.stage + 1, "hidden states")
-        )
-        self._leave(comm, comm.isend(x, to), name, work.step)
+        pipe = self.pipe
+        if pipe.stage < pipe.last:
+            self._leave(pipe.hidden, pipe.hidden.isend(x, pipe.stage + 1), "hidden states", work.step)
+        elif pipe.stage > 0 and pipe.leads:
+            self._leave(pipe.notes, pipe.notes.isend(x, 0), "tokens", work.step)
+
+    def _costs(self, work: Work) -> list[Cost]:
+        """What each part of the step costs from one sum to the next: the embedding, each block, the LM head."""
+        config, size = self.model.config, self.model.dtype.itemsize
+        project, attention, mlp = block_costs(config, work.batch, size)
+        parts = [Cost()] * (self.pipe.stage == 0) + [project + attention, mlp] * config.layers
+        return [*parts, head_cost(config, work.batch, size)] if self.pipe.stage == self.pipe.last else parts
 
     def expect_hidden(self, work: Work) -> Transfer:
         """Start to receive what the stage before has computed of a batch."""
@@ -173,8 +192,9 @@ class Stage:
             return transfer.wait()
 
     def expect_note(self) -> Transfer:
-        """Start to receive the next note from the stage before."""
-        return self.pipe.notes.irecv(torch.empty(NOTE_BYTES, dtype=torch.uint8), self.pipe.stage - 1)
+        """Start to receive the next note from who says what to do."""
+        comm, who = self._above
+        return comm.irecv(torch.empty(NOTE_BYTES, dtype=torch.uint8), who)
 
     def read_note(self, note: Transfer) -> Work | None:
         """The work of a note; a long one has a second part. None: no more."""
@@ -182,22 +202,22 @@ class Stage:
             data = bytes(note.wait().numpy())
         size = int.from_bytes(data[:8], "little")
         if size > NOTE_BYTES - 8:
-            rest = self.pipe.notes.recv(torch.empty(size, dtype=torch.uint8), self.pipe.stage - 1)
+            comm, who = self._above
+            rest = comm.recv(torch.empty(size, dtype=torch.uint8), who)
             return pickle.loads(bytes(rest.numpy()))
         return pickle.loads(data[8 : 8 + size])
 
     def pass_note(self, work: Work | None) -> None:
-        """Send a work, or that there are no more, to the next stage; returns at once."""
-        if self.pipe.stage == self.pipe.last:
-            return
+        """Send a work, or that there are no more, to the next stage, and from rank 0 to those that share its layers; returns at
+        once.
+        """
         data = pickle.dumps(work)
-        size, to = len(data).to_bytes(8, "little"), self.pipe.stage + 1
         fits = len(data) <= NOTE_BYTES - 8
-        for part in ((size + data * fits).ljust(NOTE_BYTES, b"\0"), data):
-            message = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-            self._leave(self.pipe.notes, self.pipe.notes.isend(message, to), "work", work.step if work else 0)
-            if fits:
-                return
+        first = (len(data).to_bytes(8, "little") + data * fits).ljust(NOTE_BYTES, b"\0")
+        for comm, to in self._below:
+            for part in (first,) if fits else (first, data):
+                message = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+                self._leave(comm, comm.isend(message, to), "work", work.step if work else 0)
 
     def settle(self) -> None:
         """Wait until all that was sent has left."""
@@ -230,7 +250,7 @@ class PipelineRunner:
 
     def __init__(self, stage: Stage, num_blocks: int, depth: int) -> None:
         self.stage, self.num_blocks, self.depth = stage, num_blocks, depth
-        self._under_way: deque[tuple[Work, Transfer]] = deque()
+        self._under_way: deque[tuple[Work, Transfer | torch.Tensor]] = deque()
 
     @property
     def recorder(self) -> Recorder:
@@ -241,13 +261,18 @@ class PipelineRunner:
         """Hand the work down the pipe, and compute the first stage of it."""
         stage = self.stage
         stage.pass_note(work)
+        if stage.pipe.last == 0:
+            self._under_way.append((work, stage.compute(work, None)))
+            return
         self._under_way.append((work, stage.expect_tokens(work)))
         stage.pass_on(work, stage.compute(work, None))
 
     def finish(self) -> list[list[int]]:
         """The tokens of the oldest work under way."""
-        work, transfer = self._under_way.popleft()
-        step, *tokens = self.stage.receive(transfer, "tokens", work.step).tolist()
+        work, out = self._under_way.popleft()
+        if isinstance(out, Transfer):
+            out = self.stage.receive(out, "tokens", work.step)
+        step, *tokens = out.tolist()
         assert step == work.step
         each = iter(tokens)
         return [[next(each) for _ in draws or (None,)] for draws in work.draws]

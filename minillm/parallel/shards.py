@@ -58,16 +58,25 @@ class Shard:
         part = share(size, ranks, place)
         return range(group * size + part.start, group * size + part.stop)
 
+    @property
+    def columns(self) -> range:
+        """Of the MLP's intermediate numbers."""
+        return share(self.config.intermediate_size, self.layout.tp, self._at("tp"))
+
+    @property
+    def vocabulary(self) -> range:
+        """Of the words, in the embedding and in the LM head."""
+        return share(self.config.vocab_size, self.layout.tp, self._at("tp"))
+
     def cut(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """The part of a tensor (its name without "model.") that this rank holds; None when it holds none of it."""
         if name.startswith("layers."):
             return self._cut_layer(name, shape) if int(name.split(".")[1]) in self.layers else None
         if name == "norm.weight":
             return () if self.last_stage else None
-        rows = share(shape[0], self.layout.tp, self._at("tp"))  # of the vocabulary
         first = name == "embed_tokens.weight" and self.first_stage
         last = self.last_stage and (name == "lm_head.weight" or self.config.tied_embeddings)
-        return (_slice(rows),) if first or last else None
+        return (_slice(self.vocabulary),) if first or last else None
 
     def _cut_layer(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
         module, leaf = name.split(".")[-2:]
@@ -75,11 +84,10 @@ class Shard:
             return (_slice(self.heads if module == "q_proj" else self.kv_heads, self.config.head_dim),)
         if module == "o_proj" and leaf == "weight":
             return (slice(None), _slice(self.heads, self.config.head_dim))
-        columns = share(self.config.intermediate_size, self.layout.tp, self._at("tp"))
         if module in ("gate_proj", "up_proj"):
-            return (_slice(columns),)
+            return (_slice(self.columns),)
         if module == "down_proj":
-            return (slice(None), _slice(columns))
+            return (slice(None), _slice(self.columns))
         return ()  # norms, and the output bias, which every rank holds whole
 
     def _place_in_group(self) -> tuple[int, int, int]:

@@ -46,6 +46,7 @@ class Comm:
     group: Any = None  # torch process group; None for a group of one
     shared: SharedMemory | None = None  # takes the place of gloo where it is there
     counts: dict[str, Count] = field(default_factory=dict)
+    collectives: int = 0  # how many have begun, the same on all members
     _followers: dict[tuple[str, int], Follower] = field(default_factory=dict)
 
     @property
@@ -178,6 +179,7 @@ class Comm:
         to do.
         """
         self._count(name, sent)
+        self.collectives += 1
         if self.group is None:
             return
         signature = (shape_of(agreed) if agreed is not None else "") + extra

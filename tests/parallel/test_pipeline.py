@@ -6,15 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from helpers import EXAMPLES, SWITCHES, gone
+from helpers import EXAMPLES, gone
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from law import OPTIONS, WORK, check_law
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
@@ -25,27 +25,6 @@ from minillm.trace.trace import Category, Kind
 
 SHOW = [p for p in Phase if p is not Phase.shrink]  # every example takes real processes
 LAYOUTS = ["pp=2", "pp=3", "pp=1+4+1", "pp=4", "pp=5", "pp=6"]
-OPTIONS = st.builds(
-    EngineOptions,
-    block_size=st.sampled_from([1, 3, 16]),
-    num_blocks=st.sampled_from([None, 64]),
-    max_running=st.integers(1, 6),
-    max_step_tokens=st.integers(6, 20),
-    in_flight=st.none() | st.integers(1, 7),
-    **SWITCHES,
-)
-PROMPTS = st.lists(st.integers(0, 255), min_size=1, max_size=30)
-PARAMS = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 12),
-    temperature=st.sampled_from([0.0, 0.0, 1.0]),
-    seed=st.just(3),
-    n=st.sampled_from([1, 1, 2]),
-    ignore_eos=st.just(True),
-)
-WORK = st.lists(
-    st.tuples(PROMPTS, PARAMS, st.integers(0, 3), st.sampled_from([False, False, False, True])), min_size=1, max_size=6
-)  # and how many pieces are taken of each before the next one comes, and whether it is dropped then
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
 
 
@@ -76,56 +55,12 @@ def pipes(folder: Path) -> Iterator[dict[str, LLM]]:
         llm.close()
 
 
-@cache
-def alone(llm: LLM, prompt: tuple[int, ...], params: SamplingParams) -> list[list[int]]:
-    """Its samples by itself, on one device."""
-    return [sample.token_ids for sample in llm.generate([list(prompt)], params)[0].samples]
-
-
-def is_tie(llm: LLM, prompt: list[int], expected: list[int], got: list[int]) -> bool:
-    """Whether they part where the first two are within 1e-4, which the law excuses."""
-    place = next(n for n, (a, b) in enumerate(zip(expected, got)) if a != b)
-    first, second = llm.score([*prompt, *expected[:place]])[-1].topk(2).values.tolist()
-    return first - second < 1e-4
-
-
 @settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)
 @given(st.sampled_from(LAYOUTS), OPTIONS, WORK)
 def test_tokens_are_those_of_one_device(
     one: LLM, pipes: dict[str, LLM], layout: str, options: EngineOptions, work: list
 ) -> None:
-    """Streams that join while others run, some of them dropped; tight memory, so that there are preemptions."""
-    if options.num_blocks is not None:
-        need = max(-(-(len(prompt) + params.max_tokens) // options.block_size) for prompt, params, _, _ in work)
-        options = EngineOptions(**{**vars(options), "num_blocks": 2 * need + 2})
-    crowd = pipes[layout].with_options(options)
-    streams, got = [], {}
-    try:
-        for number, (prompt, params, pulls, _) in enumerate(work):
-            if params.n > min(options.max_running, 2):
-                continue
-            streams.append((number, crowd.stream([prompt], params)))
-            got[number] = [[] for _ in range(params.n)]
-            for _ in range(pulls):
-                for known, stream in streams:
-                    piece = next(stream, None)
-                    if piece is not None:
-                        got[known][piece.sample].append(piece.token_id)
-        for number, stream in streams:
-            if work[number][3]:
-                stream.close()
-            for piece in stream:
-                got[number][piece.sample].append(piece.token_id)
-        for number, samples in got.items():
-            prompt, params, _, dropped = work[number]
-            expected = alone(one, tuple(prompt), params)
-            if dropped:
-                expected = [tokens[: len(mine)] for tokens, mine in zip(expected, samples)]
-            for mine, wanted in zip(samples, expected, strict=True):
-                assert mine == wanted or is_tie(one, prompt, wanted, mine)
-        assert crowd.engine.load.used_blocks == 0
-    finally:
-        crowd.close()
+    check_law(one, pipes[layout], options, work)
 
 
 def test_thirty_stages(tmp_path: Path) -> None:
@@ -280,7 +215,7 @@ def test_no_rank_outlives_its_llm(folder: Path) -> None:
         ("pp=1+1+1", "the nearest that fits is 'pp=1+1+4'"),
         ("pp=3,pp=3", "pp stands twice"),
         ("pp=2+x", "'pp=2+x' is not understood"),
-        ("tp=2", "layout 'tp=2' is not built yet"),
+        ("dp=2", "layout 'dp=2' is not built yet"),
     ],
 )
 def test_layouts_that_cannot_be(folder: Path, layout: str, text: str) -> None:

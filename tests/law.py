@@ -1,0 +1,81 @@
+"""The law that every layout is held to: whatever the company and the memory, a request's tokens are those of one device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from helpers import SWITCHES
+from hypothesis import strategies as st
+
+from minillm import LLM, EngineOptions, SamplingParams
+
+OPTIONS = st.builds(
+    EngineOptions,
+    block_size=st.sampled_from([1, 3, 16]),
+    num_blocks=st.sampled_from([None, 64]),
+    max_running=st.integers(1, 6),
+    max_step_tokens=st.integers(6, 20),
+    in_flight=st.none() | st.integers(1, 7),
+    **SWITCHES,
+)
+PROMPTS = st.lists(st.integers(0, 255), min_size=1, max_size=30)
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 0.0, 1.0]),
+    seed=st.just(3),
+    n=st.sampled_from([1, 1, 2]),
+    ignore_eos=st.just(True),
+)
+WORK = st.lists(
+    st.tuples(PROMPTS, PARAMS, st.integers(0, 3), st.sampled_from([False, False, False, True])), min_size=1, max_size=6
+)  # and how many pieces are taken of each before the next one comes, and whether it is dropped then
+
+
+@cache
+def alone(llm: LLM, prompt: tuple[int, ...], params: SamplingParams) -> list[list[int]]:
+    """Its samples by itself, on one device."""
+    return [sample.token_ids for sample in llm.generate([list(prompt)], params)[0].samples]
+
+
+def is_tie(llm: LLM, prompt: list[int], expected: list[int], got: list[int]) -> bool:
+    """Whether they part where the first two are within 1e-4, which the law excuses."""
+    place = next(n for n, (a, b) in enumerate(zip(expected, got)) if a != b)
+    first, second = llm.score([*prompt, *expected[:place]])[-1].topk(2).values.tolist()
+    return first - second < 1e-4
+
+
+def check_law(one: LLM, several: LLM, options: EngineOptions, work: list[Any]) -> None:
+    """Streams that join while others run, some of them dropped; tight memory, so that there are preemptions."""
+    if options.num_blocks is not None:
+        need = max(-(-(len(prompt) + params.max_tokens) // options.block_size) for prompt, params, _, _ in work)
+        options = EngineOptions(**{**vars(options), "num_blocks": 2 * need + 2})
+    crowd = several.with_options(options)
+    streams, got = [], {}
+    try:
+        for number, (prompt, params, pulls, _) in enumerate(work):
+            if params.n > min(options.max_running, 2):
+                continue
+            streams.append((number, crowd.stream([prompt], params)))
+            got[number] = [[] for _ in range(params.n)]
+            for _ in range(pulls):
+                for known, stream in streams:
+                    piece = next(stream, None)
+                    if piece is not None:
+                        got[known][piece.sample].append(piece.token_id)
+        for number, stream in streams:
+            if work[number][3]:
+                stream.close()
+            for piece in stream:
+                got[number][piece.sample].append(piece.token_id)
+        for number, samples in got.items():
+            prompt, params, _, dropped = work[number]
+            expected = alone(one, tuple(prompt), params)
+            if dropped:
+                expected = [tokens[: len(mine)] for tokens, mine in zip(expected, samples)]
+            for mine, wanted in zip(samples, expected, strict=True):
+                assert mine == wanted or is_tie(one, prompt, wanted, mine)
+        assert crowd.engine.load.used_blocks == 0
+    finally:
+        crowd.close()
