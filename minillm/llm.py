@@ -105,7 +105,13 @@ class LLM:
 
         Ranks that share cores slow each other down, even in their own CPU time; one at a time they do not.
         """
-        return self._aside(prompts, params, self._new_recorder(), baton=True)
+        return self._aside(prompts, params, self._new_recorder(details=True), baton=True)
+
+    def measure_messages(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Trace:
+        """Generate once more, and return the trace in which steps are cut where something is sent; `trace` stays."""
+        return self._aside(prompts, params, self._new_recorder(details=True))
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

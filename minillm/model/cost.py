@@ -29,6 +29,12 @@ class Cost:
     def __mul__(self, times: int) -> Cost:
         return Cost(self.flops * times, self.memory_bytes * times)
 
+    def split(self, parts: int) -> list[Cost]:
+        """The same in so many even parts; the first takes what is left over."""
+        each = Cost(self.flops // parts, self.memory_bytes // parts)
+        rest = Cost(self.flops - (parts - 1) * each.flops, self.memory_bytes - (parts - 1) * each.memory_bytes)
+        return [rest, *[each] * (parts - 1)]
+
     @property
     def intensity(self) -> float:
         """Operations per byte: where the pass stands on a roofline (Williams et al., 2009)."""

@@ -202,7 +202,7 @@ class RemoteEngine:
     def _begin(self) -> None:
         """Let the ranks serve until there is nothing left to do."""
         recording = Recording(
-            self._fresh, self.recorder.timing, self.recorder.activations, self.recorder.on_span is not None,
+            self._fresh, self.recorder.timing, self.recorder.activations, self.recorder.details, self.recorder.on_span is not None,
             self._baton.name if self._baton else None,
         )  # fmt: skip
         with uninterrupted():

@@ -53,13 +53,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Recording:
-    """How a call is recorded. `fresh`: it begins a trace. `live`: every span is reported at once. With `baton`, the path of
-    a file, one rank computes at a time, and steps are cut where something is sent.
+    """How a call is recorded. `fresh`: it begins a trace. `live`: every span is reported at once. With `details` steps are
+    cut where something is sent. With `baton`, the path of a file, one rank computes at a time.
     """
 
     fresh: bool = True
     timing: bool = True
     activations: bool = False
+    details: bool = False
     live: bool = False
     baton: str | None = None
 
@@ -107,6 +108,7 @@ class Seat:
     """One engine of the instance, as far as it is on this rank: a stage, and on rank 0 the engine itself."""
 
     stage: Stage
+    options: EngineOptions
     engine: Engine | None = None
     runner: PipelineRunner | None = None
     told: dict[int, int] = field(default_factory=dict)  # how many moments of each request's life were told
@@ -175,7 +177,7 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     num_blocks = int(member.everyone.all_gather(torch.tensor([mine])).min())
     model = member.model
     cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)
-    seat = member.seats[engine] = Seat(Stage(model, cache, member.pipe))
+    seat = member.seats[engine] = Seat(Stage(model, cache, member.pipe), options)
     if here.rank == 0:
         runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
         seat.engine, seat.runner = Engine(runner, options, Recorder(), order), runner
@@ -191,6 +193,8 @@ def serve(instance: str, engine: int, recording: Recording) -> None:
     """Serve requests until there are none."""
     here, member = context(), _member(instance)
     seat = member.seats[engine]
+    if member.pipe.tensor is not None:
+        member.pipe.tensor.chunks = seat.options.sum_chunks
     _record(seat, here, recording)
     baton: AbstractContextManager[Any] = Baton(recording.baton) if recording.baton else nullcontext()
     seat.stage.hold(baton)
@@ -258,8 +262,9 @@ def _told(seat: Seat, request: Request, piece: Piece) -> Told:
 def _record(seat: Seat, here: RankContext, recording: Recording) -> None:
     """Record this call as it is wanted; what was recorded before has been reported."""
     most = 1 if recording.live else REPORT_SPANS
-    details = recording.baton is not None
-    recorder = Recorder(here.rank, recording.timing, activations=recording.activations, details=details)
+    recorder = Recorder(
+        here.rank, recording.timing, activations=recording.activations, details=recording.details
+    )  # fmt: skip
     recorder.on_span = lambda span: _report(here, recorder) if len(recorder.trace.spans) >= most else None
     if seat.engine is not None:
         seat.engine.record(recorder, fresh=recording.fresh)

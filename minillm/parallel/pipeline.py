@@ -166,9 +166,13 @@ class Stage:
 
     def _costs(self, work: Work) -> list[Cost]:
         """What each part of the step costs from one sum to the next: the embedding, each block, the LM head."""
-        config, size = self.model.config, self.model.dtype.itemsize
+        config, size, tensor = self.model.config, self.model.dtype.itemsize, self.pipe.tensor
         project, attention, mlp = block_costs(config, work.batch, size)
-        parts = [Cost()] * (self.pipe.stage == 0) + [project + attention, mlp] * config.layers
+        tokens = sum(len(chunk.token_ids) for chunk in work.batch.chunks)
+        cut = [
+            each for block in (project + attention, mlp) for each in block.split(tensor.parts(tokens) if tensor else 1)
+        ]
+        parts = [Cost()] * (self.pipe.stage == 0) + cut * config.layers
         return [*parts, head_cost(config, work.batch, size)] if self.pipe.stage == self.pipe.last else parts
 
     def expect_hidden(self, work: Work) -> Transfer:

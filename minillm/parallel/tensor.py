@@ -8,7 +8,7 @@ Embedding and LM head are cut by words of the vocabulary. Whose slice is which: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -23,7 +23,12 @@ from minillm.parallel.layout import share
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.shards import Shard
 from minillm.ranks.comm import Comm
+from minillm.ranks.transfers import Transfer
 from minillm.trace.recorder import Recorder
+from minillm.trace.replay import WIRE
+from minillm.trace.trace import Kind, Span
+
+LEAST_ROWS = 16  # of a chunk
 
 
 class TensorGroup:
@@ -35,8 +40,25 @@ class TensorGroup:
     def __init__(self, comm: Comm, vocabulary: int) -> None:
         self.comm = comm
         self.words = [share(vocabulary, comm.size, rank) for rank in range(comm.size)]
+        self.chunks = 1
         self.recorder = Recorder()
         self.baton: AbstractContextManager[object] = nullcontext()
+
+    def sum(self, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's product(x), for x [rows, …].
+
+        With `chunks`, the rows of a long x are taken in so many parts, and one part's sum is under way while the next is
+        computed. That gains where something else than the computing core carries the messages, and costs smaller products.
+        """
+        parts = x.chunk(self.parts(x.shape[0]))
+        if len(parts) == 1:
+            return self.all_reduce(product(x))
+        under_way = [self._start(product(part)) for part in parts]
+        return torch.cat([self._finish(*each) for each in under_way])
+
+    def parts(self, rows: int) -> int:
+        """In how many parts the sum of so many rows leaves."""
+        return self.chunks if rows >= LEAST_ROWS * self.chunks else 1
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's `x`, in place."""
@@ -80,6 +102,30 @@ class TensorGroup:
 
         return [[one(row, each) for each in wanted] or [likeliest[row]] for row, wanted in enumerate(draws)]
 
+    def _start(self, x: torch.Tensor) -> tuple[Transfer, int]:
+        """A sum begins; which one of the group's collectives it is."""
+        transfer = self.comm.iall_reduce(x)
+        if self.recorder.open is not None:
+            self.recorder.open.send(x.nbytes)
+        return transfer, self.comm.collectives - 1
+
+    def _finish(self, transfer: Transfer, sequence: int) -> torch.Tensor:
+        """Wait for a sum; it is recorded on the lane of messages."""
+        span, name = self.recorder.open, self.comm.name
+        if span is None:
+            return transfer.wait()
+        with span.waiting("all_reduce", group=name, sequence=sequence):
+            self.baton.__exit__(None, None, None)
+            x = transfer.wait()
+            self.baton.__enter__()
+        if self.recorder.details:
+            times = (transfer.began_s, transfer.ended_s or 0.0) if self.recorder.timing else (0.0, 0.0)
+            about = {"step": span.step, "lane": WIRE, "group": name, "sequence": sequence}
+            self.recorder.add(
+                Span(self.recorder.rank, Kind.COMMUNICATION, "all_reduce", *times, message_bytes=x.nbytes, **about)  # type: ignore[arg-type]
+            )
+        return x
+
     @contextmanager
     def _message(self, name: str, x: torch.Tensor) -> Iterator[None]:
         """What stands inside is spent on a message; meanwhile another rank may have the baton."""
@@ -101,7 +147,7 @@ class RowParallelLinear(Linear):
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.group.all_reduce(self.multiply(x))
+        y = self.group.sum(self.multiply, x)
         return y if self.bias is None else y + self.bias
 
 

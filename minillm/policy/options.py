@@ -12,7 +12,8 @@ class EngineOptions:
     `block_size` tokens share a block of the KV cache, of which there are `num_blocks` (None: as many as `max_running`
     sequences of the longest context can use, within 1 GiB a rank on a CPU and most of the free memory on a GPU).
     A step takes at most `max_running` requests and `max_step_tokens` tokens. In a pipeline `in_flight` batches are under
-    way at once (None: as many as there are stages; 1: naive model parallelism).
+    way at once (None: as many as there are stages; 1: naive model parallelism). Between tensor parallel ranks the sums of a
+    long prompt leave in `sum_chunks` parts, each while the next is computed (1: whole).
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
     `chunked_prefill` cuts prompts to the step's token budget (off: a prompt runs whole, even one above the budget);
@@ -26,6 +27,7 @@ class EngineOptions:
     max_running: int = 64
     max_step_tokens: int = 512
     in_flight: int | None = None
+    sum_chunks: int = 1
     continuous: bool = True
     chunked_prefill: bool = True
     preemption: bool = True

@@ -34,7 +34,7 @@ class Count:
 class Comm:
     """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
 
-    `isend` and `irecv` return at once, all others wait. All members must call alike, but for the four that go from one rank
+    `isend`, `irecv` and `iall_reduce` return at once, all others wait. All members must call alike, but for the four that go from one rank
     to another. Peers and roots are numbered within the group. `counts` maps the operation's name to its `Count`.
     """
 
@@ -60,6 +60,19 @@ class Comm:
         by_memory = lambda memory: memory.all_reduce(buffer)  # noqa: E731
         self._run("all_reduce", tensor, tensor, lambda: self.group.allreduce([buffer]), by_memory)
         return self._unstage(buffer, tensor)
+
+    def iall_reduce(self, tensor: torch.Tensor) -> Transfer:
+        """Start to sum `tensor` over the group in place, by the transport, and return at once; leave it unchanged until the
+        transfer is over.
+        """
+        operation = Operation("iall_reduce", shape_of(tensor), f"comm {self.name}", "", self.members, caller())
+        self._count("all_reduce", tensor)
+        self.collectives += 1
+        buffer = self._stage(tensor)
+        _, index = self.board.enter(operation, State.ISSUED)
+        work = self.group.allreduce([buffer])
+        finish = lambda: self._unstage(buffer, tensor)  # noqa: E731
+        return self._follow(Transfer(operation, index, self.board, buffer, work, finish), "all_reduce", self.rank)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Copy the root's `tensor` to every rank, in place. Message: the tensor's bytes at the root, 0 elsewhere."""

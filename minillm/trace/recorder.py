@@ -114,11 +114,28 @@ class OpenSpan:
         self._end(Kind.COMMUNICATION, name, step=self._figures.get("step", 0), **figures)
         self._begin()
 
-    def cut(self) -> None:
-        """Where details are wanted, end a piece here and begin the next."""
+    def send(self, message_bytes: int) -> None:
+        """Something leaves while the work goes on: where details are wanted, end a piece here and begin the next."""
+        self._sent += message_bytes
         if self._recorder.details:
             self._piece()
             self._begin()
+
+    @contextmanager
+    def waiting(self, name: str, **figures: Any) -> Iterator[None]:
+        """What stands inside waits for a message that is under way; no piece of work stands before it."""
+        if not self._recorder.details:
+            yield
+            return
+        self._begin()
+        yield
+        self._end(Kind.WAITING, name, step=self._figures.get("step", 0), **figures)
+        self._begin()
+
+    @property
+    def step(self) -> int:
+        """Which step it is."""
+        return self._figures.get("step", 0)
 
     def _piece(self, tokens: int = 0) -> None:
         """What was done since the last message; the tokens count once."""

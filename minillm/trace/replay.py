@@ -69,6 +69,23 @@ def critical_path(trace: Trace) -> list[Span]:
     here: Span | None = max((span for row in rows.values() for span in row), key=lambda span: span.end_s, default=None)
     path: list[Span] = []
     while here is not None:
+        if here.kind is Kind.WAITING and here.peer < 0:  # a sum that was under way: whoever came last to it
+            same = [
+                span
+                for span in trace.spans
+                if span.lane == WIRE and span.rank == here.rank and span.group == here.group
+            ]
+            number = here.sequence
+            while True:
+                wire = next(span for span in same if span.sequence == number)
+                path.append(wire)
+                work = ([span for span in row if span.kind is not Kind.WAITING] for row in rows.values())
+                before = [_last_before(row, wire.start_s) for row in work]
+                here = max((span for span in before if span is not None), key=lambda span: span.end_s, default=None)
+                if here is None or here.end_s == wire.start_s:
+                    break
+                number -= 1  # it had to wait for the sum before
+            continue
         if here.kind is Kind.WAITING:  # what was waited for has come from another rank
             wire = wires[_message(here)]
             path.append(wire)
@@ -143,6 +160,8 @@ class _Run:
         self.free_s: dict[tuple[int, int], float] = defaultdict(float)  # when a wire has taken the last message in
         self.members = _members(span for rank in ranks.values() for span in rank.program)
         self.entered: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+        self.over: dict[tuple[str, int], tuple[float, float]] = {}  # when a collective begins and ends
+        self.busy_s: dict[str, float] = defaultdict(float)  # until when a group's last collective lasts
 
     def go(self) -> None:
         """Advance ranks in turn; raise when none can go on."""
@@ -168,10 +187,14 @@ class _Run:
 
     def _run(self, rank: _Rank, span: Span) -> bool:
         """One span; False when it cannot end yet."""
+        if span.kind is Kind.WAITING and span.peer >= 0:
+            return self._receive(rank, span)
         if span.kind is Kind.WAITING:
-            return span.peer < 0 or self._receive(rank, span)  # idle for want of work: nothing to replay
+            return span.sequence < 0 or self._await_sum(rank, span)  # idle for want of work: nothing to replay
+        if span.kind is Kind.COMMUNICATION and span.peer >= 0:
+            return self._send(rank, span)
         if span.kind is Kind.COMMUNICATION:
-            return self._send(rank, span) if span.peer >= 0 else self._collective(rank, span)
+            return self._start(rank, span) if span.lane == WIRE else self._collective(rank, span)
         self._keep(rank, span, rank.now_s + self.duration(span))
         return True
 
@@ -196,15 +219,40 @@ class _Run:
         return True
 
     def _collective(self, rank: _Rank, span: Span) -> bool:
-        key = (span.group, span.sequence)
-        entered = self.entered[key]
-        entered.setdefault(rank.number, rank.now_s)
-        if len(entered) < len(self.members[key]):
-            return False
-        longest = max((s.message_bytes for r in self.members[key] for s in [self.members[key][r]]), default=0)
-        time_s = collective_time_s(span.name, len(entered), longest, self.link) if self.link else 0.0
-        self._keep(rank, span, max(entered.values()) + time_s)
+        self.entered[_key(span)].setdefault(rank.number, rank.now_s)
+        over = self._over(_key(span))
+        if over is not None:
+            self._keep(rank, span, over[1])
+        return over is not None
+
+    def _start(self, rank: _Rank, span: Span) -> bool:
+        """A collective that is under way while the rank goes on."""
+        self.entered[_key(span)][rank.number] = rank.now_s
         return True
+
+    def _await_sum(self, rank: _Rank, span: Span) -> bool:
+        over = self._over(_key(span))
+        if over is None:
+            return False
+        sent = self.members[_key(span)][rank.number]
+        rank.done.append(replace(sent, start_s=over[0], end_s=over[1], cpu_s=None, gap_cpu_s=None))
+        if over[1] > rank.now_s:
+            self._keep(rank, span, over[1])
+        return True
+
+    def _over(self, key: tuple[str, int]) -> tuple[float, float] | None:
+        """When a collective begins and ends: once all are there, and the group's one before it is over; None before that."""
+        entered, members = self.entered[key], self.members[key]
+        if len(entered) < len(members):
+            return None
+        if key not in self.over:
+            one = next(iter(members.values()))
+            longest = max(span.message_bytes for span in members.values())
+            time_s = collective_time_s(one.name, len(entered), longest, self.link) if self.link else 0.0
+            start = max(*entered.values(), self.busy_s[key[0]])
+            self.over[key] = start, start + time_s
+            self.busy_s[key[0]] = start + time_s
+        return self.over[key]
 
     def _keep(self, rank: _Rank, span: Span, end_s: float) -> None:
         """The span has run from now to `end_s`."""
@@ -215,6 +263,11 @@ class _Run:
 def _program(trace: Trace, rank: int) -> list[Span]:
     """What a rank did, in the order in which it began it."""
     return sorted((span for span in trace.spans if span.rank == rank), key=lambda span: span.start_s)
+
+
+def _key(span: Span) -> tuple[str, int]:
+    """Which collective a span is, or waits for."""
+    return span.group, span.sequence
 
 
 def _message(span: Span) -> Message:
@@ -228,7 +281,7 @@ def _members(spans: Iterable[Span]) -> dict[tuple[str, int], dict[int, Span]]:
     members: dict[tuple[str, int], dict[int, Span]] = defaultdict(dict)
     for span in spans:
         if span.kind is Kind.COMMUNICATION and span.peer < 0:
-            members[span.group, span.sequence][span.rank] = span
+            members[_key(span)][span.rank] = span
     return members
 
 

@@ -157,6 +157,29 @@ def test_a_trace_for_replay_is_cut_at_the_sums(made: Made) -> None:
     assert replay(recorded, find_link("NVLink 4"), find_device("A100 80GB"), "float32").end_s < free
 
 
+def test_sums_in_parts_overlap_with_the_work(made: Made) -> None:
+    """The same tokens; and in the stored trace a part's sum is under way while the next part is computed."""
+    llm, one = made.on("llama", "tp=2"), made.one("llama")
+    prompts = [[number % 250 for number in range(400)], [7] * 70]
+    chunked = llm.with_options(EngineOptions(sum_chunks=4))
+    some = SamplingParams(max_tokens=3, ignore_eos=True)
+    expected = [output.token_ids for output in one.generate(prompts, some)]
+    assert [output.token_ids for output in chunked.generate(prompts, some)] == expected
+    trace = chunked.measure_messages(prompts, some)
+    for rank in (0, 1):
+        mine = [span for span in trace.spans if span.rank == rank]
+        work = [span for span in mine if is_compute(span)]
+        sums = [span for span in mine if span.lane == "wire" and span.name == "all_reduce"]
+        assert len(sums) == 2 * 3 * 4
+        assert any(one.start_s < each.end_s and each.start_s < one.end_s for one in sums for each in work)
+        whole = [span for span in chunked.trace.spans if span.rank == rank and is_compute(span)]
+        assert sum(span.flops for span in work) == sum(span.flops for span in whole)
+    free, slow = replay(trace).end_s, replay(trace, find_link("1 Gbit/s")).end_s
+    assert free < slow
+    assert [output.token_ids for output in llm.generate(prompts, some)] == expected  # the other engine sends them whole
+    chunked.close()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_fails_its_requests_and_the_next_ones_run(made: Made, how: signal.Signals) -> None:
     one, folder = made.one("llama"), made.folders["llama"]

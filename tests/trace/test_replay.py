@@ -130,3 +130,31 @@ def test_waiting_for_nobody() -> None:
         bubble_share(Trace())
     with pytest.raises(ValueError, match="a time for each micro-batch"):
         pipeline_program([[1.0], [1.0, 2.0]])
+
+
+def overlapped(chunks: int, compute_s: float, message_bytes: int) -> Trace:
+    """Two ranks compute a product in parts, whose sums are under way while the next part is computed."""
+    spans = []
+    for rank in range(2):
+        for part in range(chunks):
+            at = 2.0 * part
+            spans.append(Span(rank, Kind.PREFILL, "part", at, at + 1, cpu_s=compute_s * (1 + 0.7 * rank)))
+            sent = {"group": "tp", "sequence": part, "message_bytes": message_bytes}
+            spans.append(Span(rank, Kind.COMMUNICATION, "all_reduce", at + 0.5, at + 3, lane="wire", **sent))
+        for part in range(chunks):
+            at = 2.0 * chunks + part
+            spans.append(Span(rank, Kind.WAITING, "all_reduce", at, at + 0.5, group="tp", sequence=part))
+    return Trace(spans)
+
+
+def test_sums_under_way_while_the_work_goes_on() -> None:
+    """Long work hides all sums but the last; long sums hide all work but the first part."""
+    link = Link("test", bytes_per_s=1000.0, latency_s=0.0, source="")
+    sum_s = collective_time_s("all_reduce", 2, 500, link)
+    run = replay(overlapped(4, 1.0, 500), link)
+    assert run.end_s == pytest.approx(4 * 1.7 + sum_s)  # rank 1 takes 1.7 s a part
+    assert [span.name for span in critical_path(run)] == ["part"] * 4 + ["all_reduce"]
+    run = replay(overlapped(4, 0.01, 500), link)
+    assert run.end_s == pytest.approx(0.017 + 4 * sum_s)
+    assert [span.lane for span in critical_path(run)] == ["compute"] + ["wire"] * 4
+    assert replay(overlapped(4, 1.0, 500)).end_s == pytest.approx(6.8)  # a free link
