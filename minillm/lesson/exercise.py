@@ -81,12 +81,14 @@ class Exercise:
 
 @dataclass(frozen=True)
 class RanksExercise(Exercise):
-    """An exercise on ranks: `function(comm, value)` runs on as many ranks as a case has inputs; the work is bytes sent.
+    """An exercise on ranks: `function(comm, value)` runs on as many ranks as a case has inputs; the work is bytes sent, or
+    what `measure` finds in the toy's record.
 
     `allowed` are the communicator's calls that a solution may use; `real` is the case for real ranks, not shown before.
     """
 
     allowed: tuple[str, ...] = ("send",)
+    measure: Callable[[ToyRun], int] = lambda toy: toy.bytes
     real: Case = Case("", ())
 
     on_ranks = True
@@ -94,7 +96,7 @@ class RanksExercise(Exercise):
     def run(self, function: Callable[..., Any], case: Case, limit_s: float | None = None) -> Outcome:
         """One case, on the toy communicator."""
         toy = run_toy(function, case.inputs, limit_s)
-        return Outcome(toy.results, toy.bytes, toy)
+        return Outcome(toy.results, self.measure(toy), toy)
 
     def place(self, number: int) -> str:
         """The rank."""

@@ -79,6 +79,7 @@ class Board:
         self._counts: dict[str, int] = {}
         self._places: dict[str, int] = {}
         self._ids: dict[str, int] = {}
+        self._texts: dict[Operation, bytes] = {}  # the last ones written
 
     def tick(self) -> None:
         """Say that this rank is getting on, so that ranks waiting for it keep waiting."""
@@ -161,6 +162,8 @@ class Board:
 
     def _text(self, operation: Operation) -> bytes:
         """The five fields, each within its own share of a slot: name, signature, partner, source, members."""
+        if operation in self._texts:
+            return self._texts[operation]
         members = pack_ranks(operation.members).encode()
         fields = [
             operation.name.encode()[:24],
@@ -169,7 +172,10 @@ class Board:
             operation.source.encode()[-180:],
             members if len(members) <= 110 else b"",  # too scattered to write down: the group is then not diagnosed
         ]
-        return _BREAK.encode().join(fields)
+        if len(self._texts) > 1000:
+            self._texts.clear()
+        text = self._texts[operation] = _BREAK.encode().join(fields)
+        return text
 
 
 @dataclass(frozen=True)

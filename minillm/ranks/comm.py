@@ -48,6 +48,7 @@ class Comm:
     counts: dict[str, Count] = field(default_factory=dict)
     collectives: int = 0  # how many have begun, the same on all members
     _followers: dict[tuple[str, int], Follower] = field(default_factory=dict)
+    _operations: dict[Any, Operation] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -195,15 +196,29 @@ class Comm:
         self.collectives += 1
         if self.group is None:
             return
-        signature = (shape_of(agreed) if agreed is not None else "") + extra
-        operation = Operation(name, signature, f"comm {self.name}", "", self.members, caller())
-        number, _ = self.board.enter(operation)
+        number, _ = self.board.enter(self._operation(name, agreed, extra))
         if by_memory is not None and self.shared is not None:
             by_memory(self.shared)
         else:
             start().wait()
             wait_for_device()
         self.board.leave(number)
+
+    def _operation(self, name: str, agreed: torch.Tensor | None, extra: str) -> Operation:
+        """The notice of a collective; the same call is noted the same way, layer after layer."""
+        key = (
+            name,
+            agreed.shape if agreed is not None else None,
+            agreed.dtype if agreed is not None else None,
+            extra,
+            caller(),
+        )
+        if key not in self._operations:
+            if len(self._operations) > 1000:
+                self._operations.clear()
+            signature = (shape_of(agreed) if agreed is not None else "") + extra
+            self._operations[key] = Operation(name, signature, f"comm {self.name}", "", self.members, key[-1])
+        return self._operations[key]
 
     def _check_peer(self, other: int, name: str) -> None:
         if not 0 <= other < self.size:

@@ -37,43 +37,52 @@ class SharedMemory:
         self.lives = [os.pidfd_open(pid) for pid in pids]
         self.flags = memoryview(memory)[: self.size * LINE * 8].cast("q")
         self.slots = torch.frombuffer(memory, dtype=torch.uint8, offset=self.size * LINE * 8).view(2, self.size, -1)
+        self.views: dict[tuple[int, torch.dtype, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.number = 0
         self.spins = SPINS if self.size <= usable_cores() else 0
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a contiguous tensor over the group, in place; every rank adds in the same order, to the same bits."""
-        for part in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
+        for part in _parts(tensor):
             slots = self.exchange(part)
             if self.size == 2:  # the faster way to the same sum
-                torch.add(slots[0], slots[1], out=part)
+                torch.add(*slots.unbind(), out=part)
             else:
                 torch.sum(slots, 0, dtype=part.dtype, out=part)
 
     def all_gather(self, result: torch.Tensor, tensor: torch.Tensor) -> None:
         """Everybody's contiguous tensor, one after the other into `result`."""
-        fits = SLOT_BYTES // tensor.element_size()
-        places = result.view(self.size, tensor.numel()).split(fits, dim=1)
-        for place, part in zip(places, tensor.view(-1).split(fits)):
-            place.copy_(self.exchange(part))
+        begin, rows = 0, result.view(self.size, tensor.numel())
+        for part in _parts(tensor):
+            rows[:, begin : begin + len(part)] = self.exchange(part)
+            begin += len(part)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """The root's contiguous tensor into everybody's."""
-        for part in tensor.view(-1).split(SLOT_BYTES // tensor.element_size()):
+        for part in _parts(tensor):
             part.copy_(self.exchange(part)[root])
 
     def exchange(self, part: torch.Tensor) -> torch.Tensor:
         """[n] of each rank, at most `SLOT_BYTES` -> [size, n] of all, which stands until the next call."""
         self.number += 1
-        turn, mine = self.number % 2, self.rank * LINE
-        slots = self.slots[turn, :, : part.nbytes].view(part.dtype)
-        slots[self.rank] = part
-        self.flags[mine + 1 + turn] = part.nbytes
+        turn, mine, count = self.number % 2, self.rank * LINE, part.nbytes
+        slots, slot = self._views(turn, part)
+        slot.copy_(part)
+        self.flags[mine + 1 + turn] = count
         self.flags[mine] = self.number  # last: it stands for all that was written before
         for other in range(self.size):
             self.wait_for(other)
-            if (theirs := self.flags[other * LINE + 1 + turn]) != part.nbytes:
-                raise ValueError(f"rank {other} of the group gives {theirs:,} bytes, rank {self.rank} {part.nbytes:,}")
+            if (theirs := self.flags[other * LINE + 1 + turn]) != count:
+                raise ValueError(f"rank {other} of the group gives {theirs:,} bytes, rank {self.rank} {count:,}")
         return slots
+
+    def _views(self, turn: int, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots of all ranks [size, n], as long as this message, and this rank's own [n]."""
+        key = turn, part.dtype, len(part)
+        if key not in self.views:
+            slots = self.slots[turn, :, : part.nbytes].view(part.dtype)
+            self.views[key] = slots, slots[self.rank]
+        return self.views[key]
 
     def wait_for(self, other: int) -> None:
         """Until a rank's flag is up: look, then let others use the core between looks, then sleep between them."""
@@ -94,6 +103,12 @@ class SharedMemory:
             raise ConnectionError(f"rank {other} of the group has ended")
         if slept_s > self.limit_s:
             raise TimeoutError(f"rank {other} of the group did not come within {self.limit_s:.0f} s")
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor's numbers in parts that fit a slot."""
+    flat = tensor.view(-1)
+    return (flat,) if flat.nbytes <= SLOT_BYTES else flat.split(SLOT_BYTES // flat.element_size())
 
 
 def keeps_store_order() -> bool:

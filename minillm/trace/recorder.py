@@ -75,17 +75,17 @@ class Recorder:
 class OpenSpan:
     """A span that has begun. A class, not a generator: it is entered thousands of times a second.
 
-    What is sent within it counts as its message bytes. Where the recorder wants `details`, the span is instead cut there:
+    What is `sent` within it counts as its message bytes. Where the recorder wants `details`, the span is instead cut there:
     a piece, the message, the next piece, each with its own of `costs`.
     """
 
-    __slots__ = ("_costs", "_cpu", "_figures", "_kind", "_name", "_recorder", "_sent", "_start")
+    __slots__ = ("_costs", "_cpu", "_figures", "_kind", "_name", "_recorder", "_start", "sent")
 
     def __init__(
         self, recorder: Recorder, kind: Kind, name: str, figures: dict[str, Any], costs: Sequence[Priced] = ()
     ) -> None:
         self._recorder, self._kind, self._name, self._figures = recorder, kind, name, figures
-        self._costs, self._sent = iter(costs), 0
+        self._costs, self.sent = iter(costs), 0
 
     def __enter__(self) -> OpenSpan:
         self._begin()
@@ -96,18 +96,14 @@ class OpenSpan:
         self._recorder.open = None
         if self._recorder.details:
             self._piece(self._figures.get("tokens", 0))
-        elif self._sent:
-            self._end(self._kind, self._name, message_bytes=self._sent, **self._figures)
+        elif self.sent:
+            self._end(self._kind, self._name, message_bytes=self.sent, **self._figures)
         else:
             self._end(self._kind, self._name, **self._figures)
 
     @contextmanager
     def message(self, name: str, **figures: Any) -> Iterator[None]:
-        """What stands inside is spent on a message."""
-        if not self._recorder.details:
-            self._sent += figures["message_bytes"]
-            yield
-            return
+        """What stands inside is spent on a message, between two pieces of the step."""
         self._piece()
         self._begin()
         yield
@@ -116,7 +112,7 @@ class OpenSpan:
 
     def send(self, message_bytes: int) -> None:
         """Something leaves while the work goes on: where details are wanted, end a piece here and begin the next."""
-        self._sent += message_bytes
+        self.sent += message_bytes
         if self._recorder.details:
             self._piece()
             self._begin()
@@ -155,5 +151,6 @@ class OpenSpan:
             cpu_end = time.thread_time()
             cpu, end = cpu_end - self._cpu, time.monotonic()
             gap = self._cpu - recorder.cpu_end_s if recorder.cpu_end_s is not None else None
-            recorder.cpu_end_s = cpu_end
         recorder.add(Span(recorder.rank, kind, name, self._start, end, cpu_s=cpu, gap_cpu_s=gap, **figures))
+        if recorder.timing:
+            recorder.cpu_end_s = time.thread_time()  # recording is no work of the engine's
