@@ -99,8 +99,8 @@ def _gemm_s(threads: int) -> float:
 
 
 def prefill(one: LLM) -> dict[str, Any]:
-    """One prompt of 512 tokens; and what two threads gain on the products alone, measured in between."""
-    options, work = EngineOptions(max_step_tokens=512), prompts(1, 512)
+    """Prompts of 512 tokens, one a step; and what two threads gain on the products alone, measured in between."""
+    options, work = EngineOptions(max_step_tokens=512), prompts(2, 512)
     single = one.with_options(options)
     gemm = []
     with LLM(layout="tp=2", device="cpu", options=options) as pair:

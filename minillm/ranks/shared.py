@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from minillm.hardware.machine import usable_cores
 
-SLOT_BYTES = 1 << 20
+SLOT_BYTES = 1 << 21
 LINE = 8  # 64-bit words in a cache line
 SPINS, YIELDS = 200, 2_000  # how often to look at a flag before giving the core away, and before sleeping
 NAP_S = 50e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -21,6 +22,41 @@ def measure_link(ranks: Ranks) -> Link:
         raise ValueError("a link has two ends: make Ranks(2) or more")
     latency_s, bytes_per_s = ranks.run(_ping)[0]
     return Link(f"{ranks.backend.describe()}, measured", bytes_per_s, latency_s, "messages there and back")
+
+
+def measure_all_reduce(ranks: Ranks, sizes: Sequence[int], rounds: int = 40) -> dict[int, float]:
+    """Median seconds of all-reduces of so many bytes (multiples of 4), over all ranks."""
+    return ranks.run(_all_reduces, list(sizes), rounds)[0]
+
+
+def fit_link(name: str, seconds: Mapping[int, float]) -> Link:
+    """The straight line α + β · bytes through measured seconds by bytes, with the least relative errors; none below 0.
+
+    Raises `ValueError` for fewer than two sizes.
+    """
+    if len(seconds) < 2:
+        raise ValueError(f"a line needs two points, and there are {len(seconds)} sizes")
+    rows = torch.tensor([[1.0, size] for size in seconds], dtype=torch.float64)
+    values = torch.tensor(list(seconds.values()), dtype=torch.float64)
+    alpha, beta = (
+        torch.linalg.lstsq(rows / values[:, None], torch.ones(len(values), 1, dtype=torch.float64))
+        .solution[:, 0]
+        .tolist()
+    )
+    return Link(name, 1 / max(beta, 1e-15), max(alpha, 0.0), "fitted to measured collectives")
+
+
+def _all_reduces(sizes: list[int], rounds: int) -> dict[int, float]:
+    """On every rank: the median of some rounds for each size, after a few that are not counted."""
+    here, comm = context(), context().comm()
+    messages = {size: torch.zeros(size // 4, device=here.device) for size in sizes}
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(rounds + 5):
+        for size, message in messages.items():  # in turns: a slow moment hits all sizes alike
+            began = time.monotonic()
+            comm.all_reduce(message)
+            seconds[size].append(time.monotonic() - began)
+    return {size: statistics.median(each[5:]) for size, each in seconds.items()}
 
 
 def _ping() -> tuple[float, float] | None:

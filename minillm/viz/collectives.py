@@ -70,7 +70,7 @@ def draw_growth(finding: str, guess: float | None = None, at: int = 64) -> Figur
         axis.annotate(f" {name}: {plain(values[-1])} ×", (counts[-1], values[-1]), va="center", color=INK)
     if guess is not None:
         axis.plot([at], [guess], "_", color=GUESS, markersize=22, markeredgewidth=2.5)
-        axis.annotate(f"your guess {plain(guess)} ×  ", (at, guess), ha="right", va="center", color=GUESS)
+        axis.annotate(f"your guess {plain(guess)} ×", (at * 0.8, guess), ha="right", va="center", color=GUESS)
     axis.set(
         xscale="log",
         yscale="log",
@@ -131,4 +131,8 @@ def _winner(curves: Mapping[str, Sequence[float]], layer: Sequence[float], token
     best = [min(curves, key=lambda name: curves[name][place]) for place in (0, -1)]
     ratio = [min(values[place] for values in curves.values()) / layer[place] for place in (0, -1)]
     said = f"One token: {best[0]}" + (f"; {tokens[-1]:,}: {best[1]}" if best[0] != best[1] else ", and for many")
-    return f"{said}. The sum takes {ratio[0]:.2g} and {ratio[1]:.2g} times as long as the work"
+    return f"{said}. The sum takes {_two_digits(ratio[0])} and {_two_digits(ratio[1])} times as long as the work"
+
+
+def _two_digits(number: float) -> str:
+    return plain(float(f"{number:.2g}"))

@@ -81,7 +81,9 @@ show(draw_collectives("Five collectives: an all-reduce is a reduce-scatter and t
 # %%
 from minillm.lesson.predict import Predict
 
-sends = Predict("06.sends", "How many times its numbers does each of 64 ranks send in a ring?", "×", 1, 100)
+sends = Predict(
+    "06.sends", "How many times its numbers does each of 64 ranks send in a ring?", "×", 1, 100
+)
 sends
 
 # %%
@@ -89,7 +91,7 @@ from minillm.viz.collectives import draw_growth
 
 sends.reveal(
     2 * (64 - 1) / 64,
-    "A ring has 2 (n − 1) steps, but each carries only 1 / n of the numbers: 2 (n − 1) / n, and never 2. "
+    "A ring has 2 (n − 1) steps, but each carries only 1 / n of the numbers: 2 (n − 1) / n, never 2. "
     "The steps grow in number instead. So a ring is for many bytes.",
     lambda guess: draw_growth("In a ring, what a rank sends barely grows with the ranks", guess),
     how="counted",
@@ -116,15 +118,16 @@ with Ranks(2) as pair, Ranks(2, shared_memory=False) as apart:
 fits = {name: fit_link(name, seconds) for name, seconds in points.items()}
 
 # %%
+from minillm.hardware.machine import usable_cores
 from minillm.viz.collectives import draw_fit
 
 gloo, memory = points["gloo"][2304], points["shared memory"][2304]
 faster.reveal(
     gloo / memory,
-    f"{gloo * 1e6:.0f} µs against {memory * 1e6:.0f}. Small messages cost α, whatever their size; large ones cost "
-    "β for each byte. One straight line, α + β · bytes, says both.",
+    f"{gloo * 1e6:.0f} µs against {memory * 1e6:.0f}. Small messages cost α, whatever their size; large "
+    "ones cost β for each byte. One straight line, α + β · bytes, says both.",
     draw_fit(points, fits, "Small messages pay α, large ones pay β",
-             f"measured · {pair.describe()} · all-reduces of 1 KB to 2.4 MB · lines: fitted"),
+             f"measured · 2 CPU processes on {usable_cores()} cores · lines: fitted"),
 )
 
 # %% [markdown]
@@ -154,14 +157,14 @@ numbers = comm.all_gather(torch.tensor([[1e8, 1.0, -1e8, 1.0][rank]]))
 total = torch.zeros(())
 for step in range(4):
     total += numbers[(rank + step) % 4]
-print("rank", rank, "has", float(total))
+print(float(total))
 
 # %%
 agree.reveal(
     1,
-    "Floating-point sums depend on their order. Ranks that differ in the last bit may choose different tokens, and "
-    "nobody notices. So all-reduces add in one order everywhere: in a ring each chunk is added up once, and the sum "
-    "goes round; over shared memory all add from rank 0 on.",
+    "Floating-point sums depend on their order. Ranks that differ in the last bit may choose different "
+    "tokens, and nobody notices. So all-reduces add in one order everywhere: in a ring each chunk is "
+    "added up once, and the sum goes round; over shared memory all add from rank 0 on.",
 )
 
 # %% [markdown]
@@ -180,7 +183,7 @@ shape = SHAPES["Llama-3.1-8B"]
 
 
 def draw_sums(link, device, ranks):
-    caption = f"planned: α + β · bytes, and the roofline · {ranks} × {device} · {link} · Llama-3.1-8B float16"
+    caption = f"planned, α + β · bytes and roofline · {ranks} × {device} · {link} · Llama-3.1-8B float16"
     return draw_algorithms(ranks, find_link(link), find_device(device), shape.hidden_size,
                            shape.layer_parameters // 2, caption)
 

@@ -40,6 +40,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     ENDS,
     SIZES,
     GROUPS,
+    TREE,
+    EXCHANGE,
+    RING,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -61,6 +64,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "05.ends",
         "05.sizes",
         "05.groups",
+        "06.tree",
+        "06.exchange",
+        "06.ring",
     )  # fmt: skip
 )
 
@@ -136,6 +142,15 @@ WRONG = {
     "05.groups, as they come": ("05.groups", GROUPS.replace("sorted(contexts, reverse=True)", "contexts"), ["It took 3,805 µs; the target is 3,340"]),
     "05.groups, one lost": ("05.groups", GROUPS.replace("return result", "result[0].pop()\n    return result"), ["the groups hold 3 requests that are not the 4 given"]),
     "05.groups, too few": ("05.groups", GROUPS.replace("range(stages)", "range(stages - 1)"), ["2 groups are in flight, but there are 1"]),
+    "06.tree, a rank too far": ("06.tree", TREE.replace("comm.rank + know < comm.size", "True"), ["rank 1 failed: ValueError: to=3: there are ranks 0 to 2"]),
+    "06.tree, down the line": ("06.tree", EXERCISES["06.tree"].starter.replace("# MEND", "# mine"), ["It took 3 rounds; the target is 2, 1.5× as much"]),
+    "06.tree, nobody begins": ("06.tree", TREE.replace("if comm.rank < know", "if comm.rank > know"), ["nobody can go on"]),
+    "06.exchange, 3x the bytes": ("06.exchange", EXCHANGE.replace("comm.send(row[other : other + 1], to=other)", "for _ in range(3): comm.send(row[other : other + 1], to=other)").replace("comm.recv(result[other : other + 1], source=other)", "for _ in range(3): comm.recv(result[other : other + 1], source=other)"), ["It took 24 bytes of messages; the target is 8, 3.0× as much"]),
+    "06.exchange, all send first": ("06.exchange", EXCHANGE.replace("if comm.rank < other", "if True"), ["nobody can go on"]),
+    "06.exchange, the own one forgotten": ("06.exchange", EXCHANGE.replace("result[comm.rank] = row[comm.rank]", "result.zero_()"), ["2 ranks: rank 1 at [1]: expected 11, got 0"]),
+    "06.ring, a chunk off": ("06.ring", RING.replace("shift(chunks[(comm.rank - step + 1)", "shift(chunks[(comm.rank - step)"), ["2 ranks with 2 numbers each: rank 1 at [1]: expected 4, got 1"]),
+    "06.ring, a step too few": ("06.ring", RING.replace("range(comm.size - 1)", "range(comm.size - 2)"), ["2 ranks with 2 numbers each: rank 0 at [0]: expected"]),
+    "06.ring, all the way round": ("06.ring", EXERCISES["06.ring"].starter.replace("# MEND", "# mine"), ["It took 72 bytes of messages; the target is 48, 1.5× as much"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 
