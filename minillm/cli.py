@@ -70,7 +70,7 @@ def _add_model(options: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     options.add_argument(
-        "--layout", default="", metavar="TEXT", help="such as pp=2, or pp=9+9+12 (default: one device)"
+        "--layout", default="", metavar="TEXT", help="such as pp=2, pp=9+9+12 or tp=2 (default: one device)"
     )
 
 
@@ -110,7 +110,9 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument("--max-running", type=int, default=64, metavar="N", help="requests at a time (default 64)")
     options.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="per step (default 512)")
     options.add_argument("--in-flight", type=int, metavar="N", help="batches under way (default: as many as stages)")
-    options.add_argument("--sum-chunks", type=int, default=1, metavar="N", help="parts of a long prompt's sums (default 1)")
+    options.add_argument(
+        "--sum-chunks", type=int, default=1, metavar="N", help="parts of a long prompt's sums (default 1)"
+    )
     options.add_argument("--continuous", action=switch, default=True, help="requests join while others run")
     options.add_argument("--chunked-prefill", action=switch, default=True, help="prompts are cut to the step's budget")
     options.add_argument("--preemption", action=switch, default=True, help="blocks may be taken back")
