@@ -4,7 +4,7 @@
 function render({ model, el }) {
   const n = model.get("ranks"), colours = model.get("colours");
   const { box } = card(el, "Let every rank have the sum of all numbers");
-  const W = 900, LEFT = 74, TOP = 28, CELL = Math.min(130, 520 / n), ROW = 46, GAP = 8, H = TOP + n * ROW + 6, BAR = LEFT + n * CELL + 30;
+  const W = 900, LEFT = 74, TOP = 28, CELL = Math.min(130, 520 / n), ROW = 46, GAP = 8, H = TOP + n * ROW + 16, BAR = LEFT + n * CELL + 30;
   const svg = shape("svg", { viewBox: `0 0 ${W} ${H}`, width: "100%", style: "display:block;background:white" }, box);
   svg.setAttribute("class", "minillm-ringboard");
   const line = element("div", { marginTop: "4px", display: "flex", alignItems: "center", flexWrap: "wrap", gap: "6px" }, box);
@@ -71,6 +71,8 @@ function render({ model, el }) {
       text(BAR + (sent[rank] / n) * scale + 6, y + 23, plain(sent[rank] / n), LOOK.ink, "start");
       shape("line", { x1: BAR + goal * scale, x2: BAR + goal * scale, y1: y, y2: y + ROW - GAP, stroke: LOOK.ink, "stroke-dasharray": "3 3" }, svg);
     }
+    const scale = (W - BAR - 60) / Math.max(goal * 1.5, most);
+    text(BAR + goal * scale, TOP + n * ROW + 8, `2 (n − 1) / n = ${plain(goal)}`);
     if (focused >= 0) svg.querySelectorAll("g")[focused]?.focus();
     const finished = done(held);
     said.textContent = finished
