@@ -38,9 +38,10 @@ class LLM:
     """A language model ready to answer.
 
     `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
-    in this process; "pp=2" runs on two ranks, which it starts, or on the `ranks` given. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16",
-    "float16" or None for float32 on a CPU and the checkpoint's own on a GPU. `options` are the engine's limits and
-    switches. Raises `ValueError` in one line for whatever cannot be.
+    in this process; "pp=2" (stages), "tp=2" (slices of every layer) and "pp=2,tp=2" run on ranks that it starts, or on the
+    `ranks` given. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16"
+    or None for float32 on a CPU and the checkpoint's own on a GPU. `options` are the engine's limits and switches. Raises
+    `ValueError` in one line for whatever cannot be.
     """
 
     def __init__(
