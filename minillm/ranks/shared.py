@@ -36,7 +36,9 @@ class SharedMemory:
         self.rank, self.size, self.limit_s = rank, len(pids), limit_s
         self.lives = [os.pidfd_open(pid) for pid in pids]
         self.flags = memoryview(memory)[: self.size * LINE * 8].cast("q")
-        self.slots = torch.frombuffer(memory, dtype=torch.uint8, offset=self.size * LINE * 8).view(2, self.size, -1)
+        with torch.inference_mode(False):
+            whole = torch.frombuffer(memory, dtype=torch.uint8, offset=self.size * LINE * 8)
+            self.slots = whole.view(2, self.size, -1)
         self.views: dict[tuple[int, torch.dtype, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.number = 0
         self.spins = SPINS if self.size <= usable_cores() else 0
@@ -80,8 +82,9 @@ class SharedMemory:
         """The slots of all ranks [size, n], as long as this message, and this rank's own [n]."""
         key = turn, part.dtype, len(part)
         if key not in self.views:
-            slots = self.slots[turn, :, : part.nbytes].view(part.dtype)
-            self.views[key] = slots, slots[self.rank]
+            with torch.inference_mode(False):  # views made within it could not be written outside
+                slots = self.slots[turn, :, : part.nbytes].view(part.dtype)
+                self.views[key] = slots, slots[self.rank]
         return self.views[key]
 
     def wait_for(self, other: int) -> None:

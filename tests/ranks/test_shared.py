@@ -119,6 +119,20 @@ def test_a_thousand_interleavings() -> None:
         interleave(size=2 + seed % 3, seed=seed, sums=3)
 
 
+def test_in_and_out_of_inference_mode(ranks2: Ranks) -> None:
+    """What is kept from a call within it serves calls outside, and the other way round."""
+
+    def sums() -> list[float]:
+        comm = context().comm(name="modes")
+        with torch.inference_mode():
+            first = [float(comm.all_reduce(torch.ones(3))[0]) for _ in range(2)]
+        then = [float(comm.all_reduce(torch.ones(3))[0]) for _ in range(2)]
+        with torch.inference_mode():
+            return [*first, *then, float(comm.all_gather(torch.ones(3)).sum())]
+
+    assert ranks2.run(sums) == [[2.0, 2.0, 2.0, 2.0, 6.0]] * 2
+
+
 def test_messages_of_different_sizes_are_named(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"gives \d bytes, rank . \d|disagree|shape|\[1\]"):
         ranks2.run(lambda: context().comm().all_reduce(torch.zeros(1 + context().rank)))
