@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minillm.hardware.machine import machine, version_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,3 +56,18 @@ def save(name: str, figures: dict[str, Any], packages: tuple[str, ...] = ()) -> 
     versions = {package: version_of(package) for package in packages}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, **versions, **figures}, indent=1) + "\n")
+
+
+def run_parts(name: str, parts: Mapping[str, Callable[[Any], dict[str, Any]]]) -> None:
+    """Run the parts that the command line asks for, all by default, each with an engine on one device; the others' stored
+    figures stay.
+    """
+    from minillm import LLM
+
+    torch.set_num_threads(1)
+    asked = sys.argv[1:] or list(parts)
+    stored = RESULTS / f"{name}.json"
+    before = json.loads(stored.read_text()) if stored.exists() else {}
+    with LLM(device="cpu") as one:
+        figures = {part: parts[part](one) for part in asked}
+    save(name, {part: before[part] for part in parts if part in before} | figures)

@@ -7,7 +7,6 @@ Writes bench/results/pipeline.json. One thread a rank, SmolLM2 in float32; engin
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, ratio, save, side_by_side
+from harness import ratio, run_parts, side_by_side
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
 from minillm.parallel.balance import balance, measure_costs
@@ -195,21 +194,17 @@ def weights(one: LLM) -> dict[str, Any]:
 
 def main() -> None:
     """Run the parts asked for, all by default; the others' figures stay."""
-    torch.set_num_threads(1)
-    parts = {
-        "prefill": prefill,
-        "decode": decode,
-        "gpipe": gpipe,
-        "bubble": bubble,
-        "clocks": clocks,
-        "weights": weights,
-    }
-    asked = sys.argv[1:] or list(parts)
-    stored = RESULTS / "pipeline.json"
-    before = json.loads(stored.read_text()) if stored.exists() else {}
-    with LLM(device="cpu") as one:
-        figures = {name: parts[name](one) for name in asked}
-    save("pipeline", {name: before[name] for name in parts if name in before} | figures)
+    run_parts(
+        "pipeline",
+        {
+            "prefill": prefill,
+            "decode": decode,
+            "gpipe": gpipe,
+            "bubble": bubble,
+            "clocks": clocks,
+            "weights": weights,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Writes bench/results/tensor.json. One thread a rank, SmolLM2 in float32; engines
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, ratio, save, side_by_side
+from harness import ratio, run_parts, side_by_side
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
 from minillm.model.linear import Linear
@@ -262,14 +261,9 @@ def _step_s(run: Trace) -> float:
 
 def main() -> None:
     """Run the parts asked for, all by default; the others' figures stay."""
-    torch.set_num_threads(1)
-    parts = {"reduce": reduce, "prefill": prefill, "decode": decode, "dtensor": dtensor, "replay": replayed}
-    asked = sys.argv[1:] or list(parts)
-    stored = RESULTS / "tensor.json"
-    before = json.loads(stored.read_text()) if stored.exists() else {}
-    with LLM(device="cpu") as one:
-        figures = {name: parts[name](one) for name in asked}
-    save("tensor", {name: before[name] for name in parts if name in before} | figures)
+    run_parts(
+        "tensor", {"reduce": reduce, "prefill": prefill, "decode": decode, "dtensor": dtensor, "replay": replayed}
+    )
 
 
 if __name__ == "__main__":

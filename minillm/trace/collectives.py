@@ -1,4 +1,4 @@
-"""What an all-reduce costs by three algorithms, in the terms of a link: latency α for each message, 1 / bandwidth β for a byte.
+"""What collectives cost in the terms of a link: latency α for each message, 1 / bandwidth β for a byte.
 
 `count` ranks, each with `message_bytes`. Every rank sends and receives one message at a time. (Thakur, Rabenseifner and
 Gropp, 2005, section 4; Patarasuk and Yuan, 2009.)
@@ -11,9 +11,32 @@ from collections.abc import Callable
 from minillm.hardware.devices import Link
 
 
+def collective_time_s(name: str, size: int, message_bytes: float, link: Link) -> float:
+    """What a collective over `size` ranks takes by the ring (or, for `broadcast` and `barrier`, tree) algorithm.
+
+    A ring's all-reduce is 2 (n - 1) rounds of 1/n of the message, all-gather and reduce-scatter n - 1 rounds (Patarasuk and
+    Yuan, 2009); `message_bytes` is what one rank puts in.
+    """
+    if size == 1:
+        return 0.0
+    rounds = (size - 1).bit_length()
+    each = {
+        "all_reduce": (2 * (size - 1), message_bytes / size),
+        "all_gather": (size - 1, message_bytes),
+        "reduce_scatter": (size - 1, message_bytes / size),
+        "all_to_all": (size - 1, message_bytes / size),
+        "broadcast": (rounds, message_bytes),
+        "barrier": (rounds, 0),
+    }
+    if name not in each:
+        raise ValueError(f"there is no formula for {name!r}; there are ones for {', '.join(each)}")
+    times, part = each[name]
+    return times * link.time_s(part)
+
+
 def ring(count: int, message_bytes: float, link: Link) -> float:
     """2 (n - 1) steps, in each a chunk of 1 / n of the message: 2 (n - 1) (α + β bytes / n)."""
-    return 2 * (count - 1) * link.time_s(message_bytes / count)
+    return collective_time_s("all_reduce", count, message_bytes, link)
 
 
 def tree(count: int, message_bytes: float, link: Link) -> float:
@@ -34,7 +57,5 @@ ALGORITHMS: dict[str, Callable[[int, float, Link], float]] = {
 
 
 def sent_share(name: str, count: int) -> float:
-    """What the busiest rank sends, in times its own numbers."""
-    return {"ring": 2 * (count - 1) / count, "all to all, then add": float(count - 1), "over rank 0": float(count - 1)}[
-        name
-    ]
+    """What the busiest rank sends by the ring or by all to all, in times its own numbers."""
+    return {"ring": 2 * (count - 1) / count, "all to all, then add": float(count - 1)}[name]

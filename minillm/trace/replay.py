@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from minillm.hardware.devices import Device, Link
+from minillm.trace.collectives import collective_time_s
 from minillm.trace.trace import Clock, Kind, Span, Trace
 
 COMPUTE, WIRE = "compute", "wire"
@@ -54,83 +55,6 @@ def bubble_share(trace: Trace) -> float:
     if not length:
         raise ValueError("nothing was computed in this trace, or without a clock")
     return 1 - sum(span.duration_s for span in working) / (length * len({span.rank for span in working}))
-
-
-def critical_path(trace: Trace) -> list[Span]:
-    """The spans of a replayed trace that made it as long as it is, first to last: each could begin only once the one before
-    had ended, or a wire had taken it in. Shortening any other would change nothing. What the host does between spans is not
-    among them.
-    """
-    rows: dict[int, list[Span]] = defaultdict(list)
-    wires = {_message(span): span for span in trace.spans if span.lane == WIRE}
-    for span in sorted(trace.spans, key=lambda span: (span.start_s, span.end_s)):
-        if span.lane != WIRE:
-            rows[span.rank].append(span)
-    here: Span | None = max((span for row in rows.values() for span in row), key=lambda span: span.end_s, default=None)
-    path: list[Span] = []
-    while here is not None:
-        if here.kind is Kind.WAITING and here.peer < 0:  # a sum that was under way: whoever came last to it
-            same = [
-                span
-                for span in trace.spans
-                if span.lane == WIRE and span.rank == here.rank and span.group == here.group
-            ]
-            number = here.sequence
-            while True:
-                wire = next(span for span in same if span.sequence == number)
-                path.append(wire)
-                work = ([span for span in row if span.kind is not Kind.WAITING] for row in rows.values())
-                before = [_last_before(row, wire.start_s) for row in work]
-                here = max((span for span in before if span is not None), key=lambda span: span.end_s, default=None)
-                if here is None or here.end_s == wire.start_s:
-                    break
-                number -= 1  # it had to wait for the sum before
-            continue
-        if here.kind is Kind.WAITING:  # what was waited for has come from another rank
-            wire = wires[_message(here)]
-            path.append(wire)
-            here = _last_before(rows[wire.rank], wire.start_s)
-            while here is None or here.end_s < wire.start_s:  # the wire was taken by the message before
-                wire = wires[*_message(wire)[:3], wire.sequence - 1]
-                path.append(wire)
-                here = _last_before(rows[wire.rank], wire.start_s)
-            continue
-        path.append(here)
-        if here.kind is Kind.COMMUNICATION:  # a collective: whoever came last
-            same = [
-                span
-                for row in rows.values()
-                for span in row
-                if (span.group, span.sequence) == (here.group, here.sequence)
-            ]
-            here = max(same, key=lambda span: span.start_s)
-        row = rows[here.rank]
-        place = next(n for n, span in enumerate(row) if span is here)
-        here = row[place - 1] if place else None
-    return path[::-1]
-
-
-def collective_time_s(name: str, size: int, message_bytes: int, link: Link) -> float:
-    """What a collective over `size` ranks takes by the ring (or, for `broadcast` and `barrier`, tree) algorithm.
-
-    A ring's all-reduce is 2 (n - 1) rounds of 1/n of the message, all-gather and reduce-scatter n - 1 rounds (Patarasuk and
-    Yuan, 2009); `message_bytes` is what one rank puts in.
-    """
-    if size == 1:
-        return 0.0
-    rounds = (size - 1).bit_length()
-    each = {
-        "all_reduce": (2 * (size - 1), message_bytes / size),
-        "all_gather": (size - 1, message_bytes),
-        "reduce_scatter": (size - 1, message_bytes / size),
-        "all_to_all": (size - 1, message_bytes / size),
-        "broadcast": (rounds, message_bytes),
-        "barrier": (rounds, 0),
-    }
-    if name not in each:
-        raise ValueError(f"there is no formula for {name!r}; there are ones for {', '.join(each)}")
-    times, part = each[name]
-    return times * link.time_s(part)
 
 
 @dataclass
@@ -204,14 +128,14 @@ class _Run:
         start = max(rank.now_s, self.free_s[wire])
         arrival = start + (self.link.time_s(span.message_bytes) if self.link else 0.0)
         self.free_s[wire] = start + (span.message_bytes / self.link.bytes_per_s if self.link else 0.0)
-        self.arrivals[_message(span)] = arrival
+        self.arrivals[message_of(span)] = arrival
         rank.done.append(replace(span, start_s=start, end_s=arrival, cpu_s=None, gap_cpu_s=None))
         if span.lane != WIRE:
             rank.now_s = arrival
         return True
 
     def _receive(self, rank: _Rank, span: Span) -> bool:
-        arrival = self.arrivals.get(_message(span))
+        arrival = self.arrivals.get(message_of(span))
         if arrival is None:
             return False
         if arrival > rank.now_s:
@@ -270,7 +194,7 @@ def _key(span: Span) -> tuple[str, int]:
     return span.group, span.sequence
 
 
-def _message(span: Span) -> Message:
+def message_of(span: Span) -> Message:
     """Which message a span sends (communication) or waits for (waiting)."""
     ends = (span.rank, span.peer) if span.kind is Kind.COMMUNICATION else (span.peer, span.rank)
     return span.group, *ends, span.sequence
@@ -295,8 +219,3 @@ def _own_time(trace: Trace) -> Callable[[Span], float]:
 def _roofline(device: Device, dtype: str) -> Callable[[Span], float]:
     rate = device.flops_per_s(dtype)
     return lambda span: max(span.flops / rate, span.memory_bytes / device.bytes_per_s)
-
-
-def _last_before(row: list[Span], when_s: float) -> Span | None:
-    """The last span of a rank that had ended by then."""
-    return next((span for span in reversed(row) if span.end_s <= when_s), None)

@@ -183,18 +183,23 @@ def choose(page: Any, card: Any, label: str, value: str) -> float:
     return time.monotonic() - began
 
 
+def guess_a_factor(page: Any, ask: Any, share: float) -> None:
+    """Guess at a share of the axis; the measurement shows then, with its picture, and not before."""
+    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
+    area = ask.first.locator(".minillm-guess-axis").bounding_box()
+    page.mouse.click(area["x"] + area["width"] * share, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
+    assert ask.last.locator("img").is_visible()
+
+
 @everything
 def test_lesson_02(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "02_many_requests.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "02")
     ask = page.locator(".minillm-card", has_text="How many times longer do static batches take")
-    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
-    area = ask.first.locator(".minillm-guess-axis").bounding_box()
-    page.mouse.click(area["x"] + area["width"] * 0.7, area["y"] + 40)
-    ask.first.locator("button", has_text="That is my guess").click()
-    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
-    assert ask.last.locator("img").is_visible()
+    guess_a_factor(page, ask, 0.7)
     label = "Which curve wins, and where does it bend?"
     card = page.locator(".minillm-card", has_text=label)
     for value in ("H100", "all of 16 tokens", "Llama-3.1-8B"):
@@ -242,12 +247,7 @@ def test_lesson_04(browser: Any, lab: str) -> None:
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "04")
     ask = page.locator(".minillm-card", has_text="How many times as long do four take")
-    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
-    area = ask.first.locator(".minillm-guess-axis").bounding_box()
-    page.mouse.click(area["x"] + area["width"] * 0.2, area["y"] + 40)
-    ask.first.locator("button", has_text="That is my guess").click()
-    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
-    assert ask.last.locator("img").is_visible()
+    guess_a_factor(page, ask, 0.2)
     lost = page.locator(".minillm-card", has_text="once without layer 8")
     lost.first.locator("button", has_text="skip").click()
     assert "Without 8:" in lost.last.inner_text()

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.hardware.devices import Link, find_device
+from minillm.trace.collectives import collective_time_s
+from minillm.trace.critical import critical_path
 from minillm.trace.programs import pipeline_program
-from minillm.trace.replay import bubble_share, collective_time_s, critical_path, is_compute, replay
+from minillm.trace.replay import bubble_share, is_compute, replay
 from minillm.trace.trace import Clock, Kind, Span, Trace
 
 LINK = Link("test", 1000.0, 0.5, "made up")
