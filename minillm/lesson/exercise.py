@@ -7,6 +7,7 @@ and who shows what came out, is in `grading.py` and `magics.py`.
 from __future__ import annotations
 
 import ast
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,7 +96,7 @@ class RanksExercise(Exercise):
 
     def run(self, function: Callable[..., Any], case: Case, limit_s: float | None = None) -> Outcome:
         """One case, on the toy communicator."""
-        toy = run_toy(function, case.inputs, limit_s)
+        toy = run_toy(function, copy.deepcopy(case.inputs), limit_s)  # an attempt may write into them
         return Outcome(toy.results, self.measure(toy), toy)
 
     def place(self, number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from minillm.ranks.pool import Ranks
 
 ROUNDS = 50
 LARGE_BYTES = 4 * 2**20
+RING_SIZES = (1024, 2304, 36_864, 147_456)
 
 
 def measure_link(ranks: Ranks) -> Link:
@@ -44,6 +46,19 @@ def fit_link(name: str, seconds: Mapping[int, float]) -> Link:
         .tolist()
     )
     return Link(name, 1 / max(beta, 1e-15), max(alpha, 0.0), "fitted to measured collectives")
+
+
+def measure_ring(ranks: Ranks) -> Link:
+    """The link over which a ring's all-reduce takes what theirs takes, whatever carries it: for `replay`, which knows rings.
+
+    Raises `ValueError` for one rank.
+    """
+    count = ranks.world_size
+    if count < 2:
+        raise ValueError("a ring has two ranks at least: make Ranks(2) or more")
+    fit = fit_link("all-reduces as measured here", measure_all_reduce(ranks, RING_SIZES))
+    steps = 2 * (count - 1)
+    return replace(fit, latency_s=fit.latency_s / steps, bytes_per_s=fit.bytes_per_s * steps / count)
 
 
 def _all_reduces(sizes: list[int], rounds: int) -> dict[int, float]:

@@ -43,6 +43,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     TREE,
     EXCHANGE,
     RING,
+    ARGMAX,
+    MLP,
+    HEADS,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -67,6 +70,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "06.tree",
         "06.exchange",
         "06.ring",
+        "07.argmax",
+        "07.mlp",
+        "07.heads",
     )  # fmt: skip
 )
 
@@ -151,6 +157,17 @@ WRONG = {
     "06.ring, a chunk off": ("06.ring", RING.replace("shift(chunks[(comm.rank - step + 1)", "shift(chunks[(comm.rank - step)"), ["2 ranks with 2 numbers each: rank 1 at [1]: expected 4, got 1"]),
     "06.ring, a step too few": ("06.ring", RING.replace("range(comm.size - 1)", "range(comm.size - 2)"), ["2 ranks with 2 numbers each: rank 0 at [0]: expected"]),
     "06.ring, all the way round": ("06.ring", EXERCISES["06.ring"].starter.replace("# MEND", "# mine"), ["It took 72 bytes of messages; the target is 48, 1.5× as much"]),
+    "07.argmax, all logits": ("07.argmax", EXERCISES["07.argmax"].starter.replace("# MEND", "# mine"), ["It took 20 bytes from each rank; the target is 8, 2.5× as much"]),
+    "07.argmax, each its own": ("07.argmax", "def argmax(comm, logits):\n    return int(torch.tensor(logits).argmax()) + 5 * comm.rank", ["2 ranks with 5 words each: rank", "expected"]),
+    "07.argmax, a place and no word": ("07.argmax", ARGMAX.replace("len(logits) * comm.rank + place", "place"), ["expected", "got"]),
+    "07.mlp, no sum": ("07.mlp", MLP.replace("comm.all_reduce(middle @ down.rows(start, stop))", "middle @ down.rows(start, stop)"), ["2 ranks, wide = 4: rank 0 at [1]: expected 14, got -2"]),
+    "07.mlp, a column off": ("07.mlp", MLP.replace("up.columns(start, stop)", "up.columns(start + 1, stop + 1)"), ["2 ranks, wide = 4: rank 1 failed"]),
+    "07.mlp, all read": ("07.mlp", EXERCISES["07.mlp"].starter.replace("# MEND", "# mine"), ["rank 0 failed: MemoryError: up: 16 numbers read; this rank has room for 8 (line "]),
+    "07.mlp, rows first": ("07.mlp", MLP.replace("torch.relu(x @ up.columns(start, stop))", "torch.relu(comm.all_reduce(x.chunk(comm.size)[comm.rank] @ up.rows(4 // comm.size * comm.rank, 4 // comm.size * (comm.rank + 1))))[start:stop]"), ["It took 32 bytes from each rank; the target is 16, 2.0× as much"]),
+    "07.mlp, 3x the bytes": ("07.mlp", MLP.replace("return comm.all_reduce(middle @ down.rows(start, stop))", "for _ in range(2): comm.all_reduce(torch.zeros(4))\n    return comm.all_reduce(middle @ down.rows(start, stop))"), ["It took 48 bytes from each rank; the target is 16, 3.0× as much"]),
+    "07.heads, all on one": ("07.heads", EXERCISES["07.heads"].starter.replace("# MEND", "# mine"), ["4 query and 4 KV heads on 2 ranks: rank 1 computes no query head"]),
+    "07.heads, without its KV head": ("07.heads", HEADS.replace("range(group * head, group * (head + 1))", "range(group * head + 1, group * (head + 1) + 1)"), ["4 query and 2 KV heads on 1 rank: rank 0 computes query head 4, which needs KV head 2; it caches [0, 1]"]),
+    "07.heads, one too few": ("07.heads", HEADS.replace("range(group * head, group * (head + 1))", "range(group * head, group * (head + 1) - 1)"), ["4 query and 2 KV heads on 1 rank: query head 1 is computed 0 times; once is right"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 
