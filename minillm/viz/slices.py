@@ -13,7 +13,7 @@ from minillm.parallel.balance import predict_costs
 from minillm.parallel.layout import Layout
 from minillm.parallel.shards import Shard
 from minillm.trace.collectives import ALGORITHMS
-from minillm.viz.style import COMMUNICATION, DECODE, FAINT, INK, PREFILL, frame, legend, new_figure
+from minillm.viz.style import COMMUNICATION, DECODE, FAINT, PREFILL, frame, legend, new_figure
 from minillm.viz.words import plain, time_unit
 
 COUNTS = (1, 2, 4, 8, 16)

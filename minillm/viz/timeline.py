@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -66,7 +66,8 @@ def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str, bubbles: bo
         figure = Figure(figsize=(WIDTH, 1.0 + 0.5 * len(runs) + 0.3 * sum(rows)), layout="constrained")
         axes = figure.subplots(len(runs), 1, sharex=True, height_ratios=rows, squeeze=False)[:, 0]
     for number, (axis, (name, trace)) in enumerate(zip(axes, shown.items())):
-        draw_lanes(axis, trace, sorted({(span.rank, span.lane) for span in trace.spans}), (), scale, keys=number == 0)
+        lanes = sorted({(span.rank, span.lane) for span in trace.spans})
+        draw_lanes(axis, trace, lanes, (), scale, () if number else set().union(*map(_kinds, shown.values())))
         took = plain((trace.end_s - trace.start_s) * scale)
         idle = f", {bubble_share(trace):.0%} of the ranks' time is bubble" if bubbles else ""
         axis.set_title(f"{name}: {took} {unit}{idle}", loc="left", fontsize=10)
@@ -75,16 +76,16 @@ def draw_runs(runs: Mapping[str, Trace], finding: str, caption: str, bubbles: bo
 
 
 def draw_lanes(
-    axis: Any, trace: Trace, lanes: list[tuple[int, str]], notes: Sequence[str], scale: float, keys: bool = True
+    axis: Any, trace: Trace, lanes: list[tuple[int, str]], notes: Sequence[str], scale: float,
+    keys: Collection[Kind] | None = None,
 ) -> None:  # fmt: skip
-    """Lane under lane, a bar for each span, with its batch's letter where there is room; with `keys` the colours' meaning
-    above. On the replay clock a rank that has nothing left to do waits.
+    """Lane under lane, a bar for each span, with its batch's letter where there is room; above, what the colours of `keys`
+    mean, by default of the kinds that are drawn. On the replay clock a rank that has nothing left to do waits.
     """
     place = {lane: row for row, lane in enumerate(lanes)}
     edge = (trace.end_s - trace.start_s) / 250  # narrower bars get no white edge, or it would cover them
     letters, room = batch_letters(trace), (trace.end_s - trace.start_s) / 55
-    spans = [*trace.spans, *(_idle_after(trace) if trace.clock is Clock.REPLAYED else ())]
-    for span in spans:
+    for span in _drawn(trace):
         letter = letters.get(span.request_ids, "") if span.duration_s > room else ""
         middle = ((span.start_s + span.end_s) / 2 - trace.start_s) * scale
         axis.text(
@@ -105,9 +106,17 @@ def draw_lanes(
     axis.set_ylim(len(lanes) - 0.6, -0.75 if notes else -0.5)
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
-    kinds = [kind for kind in KIND_COLOURS if any(span.kind is kind for span in spans)]
-    if keys:
+    kinds = [kind for kind in KIND_COLOURS if kind in (_kinds(trace) if keys is None else keys)]
+    if kinds:
         legend(axis, [_patch(kind) for kind in kinds], [LEGEND[kind] for kind in kinds])
+
+
+def _drawn(trace: Trace) -> list[Span]:
+    return [*trace.spans, *(_idle_after(trace) if trace.clock is Clock.REPLAYED else ())]
+
+
+def _kinds(trace: Trace) -> set[Kind]:
+    return {span.kind for span in _drawn(trace)}
 
 
 def _idle_after(trace: Trace) -> list[Span]:

@@ -44,6 +44,7 @@ question = two.tokenizer.chat([{"role": "user", "content": "What is the capital 
 # %%
 from minillm.viz.live import Timeline
 
+two.generate([question], SamplingParams(max_tokens=1))  # warm up
 live = Timeline(finding="Both ranks work on every token, all the time")
 shown = display(live, display_id=True)
 two.on_span = live.push
@@ -113,6 +114,8 @@ WhatIf(draw_block, "What if W and V were cut another way?",
        first=["rows", "columns"], second=["columns", "rows"], ranks=[2, 4])
 
 # %% [markdown]
+# (SmolLM2's MLP has two such `W`, gate and up. Both are cut by columns, so that nothing changes.)
+#
 # Attention is the same once more. Queries, keys and values are cut by columns, whole heads to each rank; a head needs no
 # other one. The output projection is cut by rows. So a layer has **two** sums: one after attention, one after the MLP.
 #
@@ -123,21 +126,21 @@ WhatIf(draw_block, "What if W and V were cut another way?",
 
 # %%
 sends = Predict(
-    "07.bytes", "How many times as much does each of the two ranks give away here?", "×", 1, 1000
+    "07.bytes", "How many times as much does each of the two ranks send here?", "×", 1, 1000
 )
 sends
 
 # %%
 greedy = SamplingParams(max_tokens=4, ignore_eos=True)
 two.generate([question], greedy)
-token = next(span for span in two.trace.spans if span.name == "decode")
+step = next(span for span in two.trace.spans if span.name == "decode")
 vector = 4 * two.config.hidden_size
 
 # %%
-sums, best = divmod(token.message_bytes, vector)
+sums, best = divmod(step.message_bytes, vector)
 sends.reveal(
-    token.message_bytes / vector,
-    f"{token.message_bytes:,} bytes: {sums} sums of {vector:,}. Two for each of {two.config.layers} "
+    step.message_bytes / vector,
+    f"{step.message_bytes:,} bytes: {sums} sums of {vector:,}. Two for each of {two.config.layers} "
     f"layers, one for the embedding; and {best} bytes to find the likeliest word. Nobody has all the "
     "logits: each rank tells the others only its own best word, and how good it is.",
     how="counted",
@@ -149,86 +152,87 @@ sends.reveal(
 # %%
 from dataclasses import replace
 
+from minillm.trace.trace import Kind
 from minillm.viz.style import show
 from minillm.viz.timeline import draw_timeline
 
-one_token = two.measure_messages([question], greedy).only("compute")
-spans = [span for span in one_token.spans if span.step == one_token.spans[-1].step]
-fifth = (max(span.end_s for span in spans) - spans[0].start_s) / 5
-spans = [span for span in spans if span.start_s < spans[0].start_s + fifth]
-show(draw_timeline(replace(one_token, spans=spans), "After each block all ranks wait for the sum"))
+run = two.measure_messages([question], greedy).only("compute")
+last = max(span.step for span in run.spans if span.kind is Kind.DECODE)
+run = replace(run, spans=[span for span in run.spans if span.step == last])
+soon = run.start_s + (run.end_s - run.start_s) / 5
+run = replace(run, spans=[span for span in run.spans if span.start_s < soon])
+show(draw_timeline(run, "After each block all ranks wait for the sum"))
 
 # %% [markdown]
 # ## Run
 #
-# The same engine, the same question, on one device and on two ranks.
+# The same engine, the same work, on one device, two ranks and four. First, prompts of 128 tokens.
+
+# %%
+prompt = Predict("07.prompt", "How many times as fast do two ranks read the prompts?", "×", 0.1, 10)
+prompt
 
 # %%
 from statistics import median
 
-one = LLM(dtype="float32")
-longer = SamplingParams(max_tokens=24, ignore_eos=True)
-engines = {"one": one, "two": two}
-runs = [{name: llm.generate([question], longer)[0] for name, llm in engines.items()} for _ in range(7)]
-print("the same tokens:", runs[0]["one"].token_ids == runs[0]["two"].token_ids)
-
-# %% [markdown]
-# Each rank reads half of the weights for a token, and computes half.
-
-# %%
-faster = Predict("07.faster", "How many times as fast does a token come from two ranks?", "×", 0.1, 10)
-faster
+one, four = LLM(dtype="float32"), LLM(layout="tp=4", dtype="float32")
+engines = {"one device": one, "two ranks": two, "four ranks": four}
+prompts = [[(37 * n + 11 * at) % 40_000 for at in range(128)] for n in range(8)]
+read = SamplingParams(max_tokens=1, ignore_eos=True)
+first = [[output.token_ids for output in llm.generate(prompts, read)] for llm in engines.values()]
+traces = {name: llm.trace for name, llm in engines.items()}
+print("the same tokens:", first[0] == first[1] == first[2])
 
 # %% tags=["nbval-ignore-output"]
 from minillm.ranks.speed import measure_ring
 from minillm.trace.replay import replay
 
-link = measure_ring(ranks)
-four = LLM(layout="tp=4", dtype="float32")
-ms = {name: 1e3 * median(run[name].metrics.tpot_s for run in runs[1:]) for name in engines}
+seconds = {one: [], two: []}
+for _ in range(4):
+    for llm in seconds:
+        llm.generate(prompts[:3], read)
+        seconds[llm].append(llm.trace.end_s - llm.trace.start_s)
+gain = median(seconds[one][1:]) / median(seconds[two][1:])
 
-
-def last_step(llm):
-    """One token, on the replay clock."""
-    llm.generate([question], greedy)
-    run = replay(llm.record_for_replay([question], greedy), link).only("compute")
-    last = max(span.step for span in run.spans)
-    return replace(run, spans=[span for span in run.spans if span.step == last])
-
-
-steps = {"one device": last_step(one), "two": last_step(two), "four": last_step(four)}
-took = {name: 1e3 * (run.end_s - run.start_s) for name, run in steps.items()}
+link, clocks = measure_ring(ranks), {}
+for name, llm in engines.items():
+    llm.generate(prompts[:2], read)  # warm up
+    clocks[name] = replay(llm.record_for_replay(prompts[:2], read), link)
+took = [1e3 * (run.only("compute").end_s - run.only("compute").start_s) for run in clocks.values()]
 
 # %%
 from minillm.viz.timeline import draw_runs
 
-faster.reveal(
-    ms["one"] / ms["two"],
-    f"{ms['one']:.0f} ms a token, and {ms['two']:.0f}. Decoding reads (lesson 01), and the cores of "
-    "this machine read through one memory bus. With a memory for each, which is what the replay clock "
-    f"tells of, it is {took['one device'] / took['two']:.1f} times for two and "
-    f"{took['one device'] / took['four']:.1f} for four: less than two and four, since every rank does "
-    "norms and rotations, and sums take time.",
-    draw_runs(steps, "With a memory for each device, slices of every layer make a token come sooner",
-              f"replayed · devices like a core of this machine · {link.name} · SmolLM2-135M float32",
-              bubbles=False),
+prompt.reveal(
+    gain,
+    "Less than two: rank 0 has 6 of the 9 heads, for reasons that come below, and rank 1 waits for it; "
+    "every rank does all norms; sums take time. Four devices, on the replay clock: "
+    f"{took[0] / took[2]:.1f} times.",
+    draw_runs(clocks, "Slices of every layer: with more devices, a prompt is read sooner",
+              f"replayed · devices like a core of this machine · {link.name} · SmolLM2-135M float32 · "
+              "2 prompts of 128 tokens", bubbles=False),
 )
 
 # %% [markdown]
-# Prompts are another matter: there, ranks compute, and the bus does not hold them up.
+# Now the tokens that follow. Each rank reads half of the weights for a token, and computes half.
 
 # %%
-prompts = [[(37 * n + 11 * at) % 40_000 for at in range(128)] for n in range(8)]
-read = SamplingParams(max_tokens=1, ignore_eos=True)
-seconds = {name: [] for name in engines}
-for _ in range(4):
-    for name, llm in engines.items():
-        llm.generate(prompts, read)
-        seconds[name].append(llm.trace.end_s - llm.trace.start_s)
-gain = median(seconds["one"][1:]) / median(seconds["two"][1:])
+token = Predict("07.token", "How many times as fast does a token come from two ranks?", "×", 0.1, 10)
+token
 
-# %% tags=["nbval-ignore-output"]
-print(f"8 prompts of 128 tokens: {gain:.2f} times as fast on two ranks (measured)")
+# %%
+longer = SamplingParams(max_tokens=12, ignore_eos=True)
+runs = [[llm.generate([question], longer)[0] for llm in (one, two)] for _ in range(5)]
+ms = [1e3 * median(run[at].metrics.tpot_s for run in runs[1:]) for at in (0, 1)]
+print("the same tokens:", runs[0][0].token_ids == runs[0][1].token_ids)
+
+# %%
+token.reveal(
+    ms[0] / ms[1],
+    f"{ms[0]:.0f} ms a token, and {ms[1]:.0f}. Decoding reads (lesson 01), and the cores of "
+    "this machine read through one memory bus: two readers are hardly faster than one. Where every device "
+    "brings a memory of its own, decoding gains as much as reading prompts: see the what-if below.",
+)
 
 # %% [markdown]
 # ## What each rank holds
@@ -245,16 +249,13 @@ room
 # %%
 from minillm.viz.memory import draw_memory
 
-four.generate(prompts, read)
-three = {"one device": one, "two ranks": two, "four ranks": four}
-fit = [llm.engine.load.num_blocks * 16 for llm in three.values()]
+fit = [llm.engine.load.num_blocks * 16 for llm in engines.values()]
 room.reveal(
     fit[2] / fit[0],
     f"{fit[0]:,} tokens on one device, {fit[1]:,} on two ranks, {fit[2]:,} on four. Of two ranks the "
     "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice (vLLM and SGLang "
     "do the same). More ranks buy no more tokens.",
-    draw_memory({name: llm.trace for name, llm in three.items()},
-                "Weights are cut nearly evenly; KV heads are not"),
+    draw_memory(traces, "Weights are cut nearly evenly; KV heads are not"),
 )
 
 # %% [markdown]
