@@ -3,7 +3,7 @@ the replay clock.
 
 Writes bench/results/tensor.json. One thread a rank, SmolLM2 in float32; engines take turns.
 
-    python bench/tensor.py [reduce] [prefill] [decode] [dtensor] [replay]
+    python bench/tensor.py [reduce] [prefill] [even] [decode] [dtensor] [replay]
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ BATCHES = (1, 16)
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
-    """Random token ids, the same every time."""
-    return torch.randint(5, 40_000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    """Random token ids, the same every time; small enough for every vocabulary."""
+    return torch.randint(5, 250, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _reduce(count_bytes: int, rounds: int) -> list[float]:
@@ -97,37 +97,56 @@ def _gemm_s(threads: int) -> float:
     return statistics.median(seconds)
 
 
-def prefill(one: LLM) -> dict[str, Any]:
+def _prefill_gain(name: str, single: LLM, pair: LLM) -> dict[str, Any]:
     """Prompts of 512 tokens, one a step; and what two threads gain on the products alone, measured in between."""
-    options, work = EngineOptions(max_step_tokens=512), prompts(2, 512)
-    single = one.with_options(options)
-    gemm = []
-    with LLM(layout="tp=2", device="cpu", options=options) as pair:
-        jobs = {"one": lambda: single.generate(work, ONE), "two": lambda: pair.generate(work, ONE)}
-        seconds: dict[str, list[float]] = {"one": [], "two": []}
-        for _ in range(ROUNDS):
-            for name, each in side_by_side(jobs, 1).items():
-                seconds[name] += each
-            gemm.append(_gemm_s(1) / _gemm_s(2))
-        parts = {}
-        for chunks in (2, 4):
-            cut = pair.with_options(EngineOptions(max_step_tokens=512, sum_chunks=chunks))
-            taken = side_by_side({"whole": jobs["two"], "parts": lambda: cut.generate(work, ONE)}, 3)  # noqa: B023
-            parts[f"sum_chunks={chunks}"] = {"gain": ratio(taken["whole"], taken["parts"]), "raw_s": taken}
-            cut.close()
+    work, gemm = prompts(2, 512), []
+    jobs = {"one": lambda: single.generate(work, ONE), "two": lambda: pair.generate(work, ONE)}
+    seconds: dict[str, list[float]] = {"one": [], "two": []}
+    for _ in range(ROUNDS):
+        for who, each in side_by_side(jobs, 1).items():
+            seconds[who] += each
+        gemm.append(_gemm_s(1) / _gemm_s(2))
     gain, bound = ratio(seconds["one"], seconds["two"]), statistics.median(gemm)
     print(
-        f"prefill: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}); two threads gain {bound:.2f}x on the products "
-        f"({min(gemm):.2f}-{max(gemm):.2f}): {gain['median'] / bound:.0%} of it"
+        f"prefill, {name}: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}); two threads gain {bound:.2f}x on the "
+        f"products ({min(gemm):.2f}-{max(gemm):.2f}): {gain['median'] / bound:.0%} of it",
+        flush=True,
     )
-    for name, each in parts.items():
-        print(f"  {name}: {each['gain']['median']:.2f}x the speed of whole sums")
-    return {
-        "gain": gain,
-        "two threads on products": {"median": bound, "raw": gemm},
-        "raw_s": seconds,
-        "in parts": parts,
-    }
+    return {"gain": gain, "two threads on products": {"median": bound, "raw": gemm}, "raw_s": seconds}
+
+
+def prefill(one: LLM) -> dict[str, Any]:
+    """SmolLM2, whose 3 KV heads two ranks cannot share evenly; sums whole and in parts."""
+    options, work = EngineOptions(max_step_tokens=512), prompts(2, 512)
+    with LLM(layout="tp=2", device="cpu", options=options) as pair:
+        figures = _prefill_gain("SmolLM2", one.with_options(options), pair)
+        figures["in parts"] = {}
+        for chunks in (2, 4):
+            cut = pair.with_options(EngineOptions(max_step_tokens=512, sum_chunks=chunks))
+            jobs = {"whole": lambda: pair.generate(work, ONE), "parts": lambda: cut.generate(work, ONE)}  # noqa: B023
+            taken = side_by_side(jobs, 3)
+            gain = ratio(taken["whole"], taken["parts"])
+            figures["in parts"][f"sum_chunks={chunks}"] = {"gain": gain, "raw_s": taken}
+            print(f"  sum_chunks={chunks}: {gain['median']:.2f}x the speed of whole sums", flush=True)
+            cut.close()
+    return figures
+
+
+def even(_: LLM) -> dict[str, Any]:
+    """The same products with 12 query and 4 KV heads of 48, so that both ranks have as much; random weights, 12 layers."""
+    shape = {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_key_value_heads": 4, "max_position_embeddings": 1024, "vocab_size": 258,
+    }  # fmt: skip
+    options = EngineOptions(max_step_tokens=512)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_checkpoint(Path(scratch) / "model", **shape)
+        with (
+            LLM(folder, device="cpu", dtype="float32", options=options) as single,
+            LLM(folder, layout="tp=2", device="cpu", dtype="float32", options=options) as pair,
+        ):
+            figures = {"prefill": _prefill_gain("even heads", single, pair)}
+            return figures | _decode_gain({"one": single, "two": pair}, "even heads, ")
 
 
 def _decode_rate(run: Trace) -> float:
@@ -139,32 +158,36 @@ def _decode_rate(run: Trace) -> float:
 
 def decode(one: LLM) -> dict[str, Any]:
     """Decoding of 1 and of 16 requests: tokens per second on one rank, two, and two with gloo's all-reduce."""
-    figures: dict[str, Any] = {}
-    answer = SamplingParams(max_tokens=40, ignore_eos=True)
     with (
         Ranks(2, device="cpu", shared_memory=False) as slow,
         LLM(layout="tp=2", device="cpu") as pair,
         LLM(layout="tp=2", device="cpu", ranks=slow) as gloo,
     ):
-        for batch in BATCHES:
-            work = prompts(batch, 8)
-            engines = {"one": one, "two": pair, "two, gloo": gloo}
-            rates: dict[str, list[float]] = {name: [] for name in engines}
-            for turn in range(ROUNDS + 1):
-                for name, llm in engines.items():
-                    llm.generate(work, answer)
-                    if turn:
-                        rates[name].append(_decode_rate(llm.trace))
-            rows = {}
-            for name, each in rates.items():
-                gain = ratio(each, rates["one"])
-                rows[name] = {"tokens_per_s": statistics.median(each), "over one": gain, "raw": each}
-                print(
-                    f"decode, batch {batch}, {name}: {statistics.median(each):.1f} tokens/s, {gain['median']:.2f}x "
-                    f"({gain['min']:.2f}-{gain['max']:.2f})",
-                    flush=True,
-                )
-            figures[f"batch {batch}"] = rows
+        return _decode_gain({"one": one, "two": pair, "two, gloo": gloo})
+
+
+def _decode_gain(engines: dict[str, LLM], what: str = "") -> dict[str, Any]:
+    """Tokens per second of each engine, in turns, beside that of "one"."""
+    figures: dict[str, Any] = {}
+    answer = SamplingParams(max_tokens=40, ignore_eos=True)
+    for batch in BATCHES:
+        work = prompts(batch, 8)
+        rates: dict[str, list[float]] = {name: [] for name in engines}
+        for turn in range(ROUNDS + 1):
+            for name, llm in engines.items():
+                llm.generate(work, answer)
+                if turn:
+                    rates[name].append(_decode_rate(llm.trace))
+        rows = {}
+        for name, each in rates.items():
+            gain = ratio(each, rates["one"])
+            rows[name] = {"tokens_per_s": statistics.median(each), "over one": gain, "raw": each}
+            print(
+                f"decode, {what}batch {batch}, {name}: {statistics.median(each):.1f} tokens/s, {gain['median']:.2f}x "
+                f"({gain['min']:.2f}-{gain['max']:.2f})",
+                flush=True,
+            )
+        figures[f"batch {batch}"] = rows
     return figures
 
 
@@ -262,7 +285,8 @@ def _step_s(run: Trace) -> float:
 def main() -> None:
     """Run the parts asked for, all by default; the others' figures stay."""
     run_parts(
-        "tensor", {"reduce": reduce, "prefill": prefill, "decode": decode, "dtensor": dtensor, "replay": replayed}
+        "tensor",
+        {"reduce": reduce, "prefill": prefill, "even": even, "decode": decode, "dtensor": dtensor, "replay": replayed},
     )
 
 

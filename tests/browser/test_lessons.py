@@ -336,3 +336,34 @@ def test_lesson_06(browser: Any, lab: str) -> None:
     page.screenshot(path=SHOTS / "06-moved.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_07(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "07_tensor.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "07")
+    ask = page.locator(".minillm-card", has_text="Cut W and V how")
+    assert "Columns of W give" not in ask.first.inner_text() + ask.last.inner_text()
+    ask.first.locator("button", has_text="W by columns, V by rows").click()
+    assert "Columns of W give" in ask.last.inner_text()
+    assert ask.last.locator("img").is_visible()
+    guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as fast do two ranks read"), 0.6)
+    for label, values in (
+        ("What if W and V were cut another way?", ("rows", "columns")),
+        ("How many devices for a layer?", ("prefill, 2,048 tokens", "1 Gbit/s", "SmolLM2-135M", "T4")),
+    ):
+        card = page.locator(".minillm-card", has_text=label)
+        for value in values:
+            select = card.locator("select", has_text=value)
+            place = 1 if select.count() > 1 and value == "rows" else 0
+            before = card.locator("img").get_attribute("src")
+            began = time.monotonic()
+            select.nth(place).select_option(value)
+            card.locator(f'img:not([src="{before}"])').wait_for(timeout=5000)
+            print(f"{value}: redrawn in {time.monotonic() - began:.2f} s")
+        card.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        page.screenshot(path=SHOTS / f"07-{values[0][:4]}.png")
+    assert page.broken == []
+    page.close()

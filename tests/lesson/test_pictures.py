@@ -12,17 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from minillm import RankError, Ranks
-from minillm.hardware.devices import DEVICES, find_device
+from minillm.hardware.devices import DEVICES, find_device, find_link
 from minillm.model.shapes import SHAPES
+from minillm.parallel.layout import share
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
+from minillm.viz.block import Sending, draw_block, sendings, sent_numbers
 from minillm.viz.blocks import BlockMap, draw_blocks, look, split
 from minillm.viz.curve import Point, draw_curve
 from minillm.viz.live import Timeline
@@ -32,8 +36,9 @@ from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
 from minillm.viz.room import draw_room, sequences_at_a_time
 from minillm.viz.seats import busy_share, draw_seats, take_seats
+from minillm.viz.slices import Load, draw_slices, step_time
 from minillm.viz.style import new_figure, png
-from minillm.viz.timeline import draw_timeline, memory_steps
+from minillm.viz.timeline import draw_runs, draw_timeline, memory_steps
 from minillm.viz.traffic import draw_traffic, traffic_of
 from minillm.viz.waiting import draw_waiting
 from minillm.viz.walk import BATCHES, CONTEXTS, RooflineWalk, decode_cost
@@ -356,3 +361,62 @@ def test_batches_on_several_ranks_have_letters() -> None:
     assert batch_letters(Trace(spans[::2])) == {}
     assert batch_letters(Trace([replace(span, request_ids=(1,)) for span in spans])) == {}
     assert batch_letters(Trace([replace(spans[n % 2], request_ids=(n,)) for n in range(40)])) == {}
+
+
+@given(st.sampled_from(["columns", "rows"]), st.sampled_from(["columns", "rows"]), st.integers(2, 4))
+@settings(deadline=None, max_examples=20)
+def test_a_block_gives_the_whole_result_with_the_collectives_that_are_drawn(
+    first: str, second: str, ranks: int
+) -> None:
+    """Computed as drawn: each rank multiplies its parts, and nothing is sent but what `sendings` says."""
+    hidden, wide = 12, 24
+    generator = torch.Generator().manual_seed(ranks)
+    x, w, v = (
+        torch.randn(shape, generator=generator).double() for shape in ((hidden,), (hidden, wide), (wide, hidden))
+    )
+    halves = lambda total: [slice(part.start, part.stop) for part in (share(total, ranks, r) for r in range(ranks))]  # noqa: E731
+
+    def product(inputs: list[torch.Tensor], weight: torch.Tensor, cut: str) -> list[torch.Tensor]:
+        if cut == "columns":
+            return [each @ weight[:, part] for each, part in zip(inputs, halves(weight.shape[1]))]
+        return [each @ weight[part] for each, part in zip(inputs, halves(weight.shape[0]))]
+
+    def send(parts: list[torch.Tensor], sending: Sending | None) -> list[torch.Tensor]:
+        if sending is None:
+            return parts
+        whole = torch.cat(parts) if sending.name == "all-gather" else torch.stack(parts).sum(0)
+        assert sending.numbers == len(whole)
+        return [whole[part] for part in halves(len(whole))] if sending.name == "reduce-scatter" else [whole] * ranks
+
+    middle, end = sendings(first, second, hidden, wide)  # type: ignore[arg-type]
+    asked = [x[part] for part in halves(hidden)] if first == "rows" else [x] * ranks
+    made = [torch.tanh(each) for each in send(product(asked, w, first), middle)]
+    for result in send(product(made, v, second), end):
+        torch.testing.assert_close(result, torch.tanh(x @ w) @ v)
+    if (first, second) != ("columns", "rows"):
+        sent = [sent_numbers(*cut, ranks, 576, 1536) for cut in ((first, second), ("columns", "rows"))]  # type: ignore[arg-type]
+        assert sent[0] > sent[1]
+    figure = draw_block(first, second, ranks)  # type: ignore[arg-type]
+    assert figure.get_suptitle().startswith(f"First by {first}, then by {second}: ")
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_slices_over_devices_stop_helping_where_sums_cost_more() -> None:
+    """By hand for one token on two A100s over NVLink: half of the weights to read, and 65 sums of 8 KB."""
+    config, device, load = SHAPES["Llama-3.1-8B"], find_device("A100 80GB"), Load(1, 1, 0)
+    one, two = (step_time(count, device, find_link("NVLink 3"), config, "float16", load) for count in (1, 2))
+    assert one.summed_s == 0 and two.computed_s == pytest.approx(one.computed_s / 2, rel=0.01)
+    assert two.summed_s == pytest.approx(65 * (2e-6 + 8192 / 300e9), rel=0.01)  # both send all they have, once
+    said = {
+        link: draw_slices(device, find_link(link), config, "float16", Load(1, 2048, 0), "planned").get_suptitle()
+        for link in ("NVLink 3", "1 Gbit/s")
+    }
+    assert said["NVLink 3"].startswith("16 devices are fastest")
+    assert said["1 Gbit/s"].startswith("One device is fastest; two take ")
+
+
+def test_the_key_of_several_runs_names_the_colours_of_all() -> None:
+    """The first run has no messages, the second has."""
+    runs = {"one": replace(run_of(1), spans=run_of(1).spans[:5]), "two": run_of(2)}
+    keys = [text.get_text() for text in draw_runs(runs, "A finding", "measured").axes[0].get_legend().get_texts()]
+    assert keys == ["prefill: reads the prompt", "decode: next tokens", "communication", "waiting"]

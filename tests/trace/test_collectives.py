@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minillm.hardware.devices import Link
+from minillm.ranks import speed
 from minillm.ranks.speed import fit_link
 from minillm.trace.collectives import ALGORITHMS, collective_time_s, sent_share
 from minillm.trace.replay import replay
@@ -68,3 +71,16 @@ def test_a_line_is_found(latency_s: float, bytes_per_s: float) -> None:
     assert all(found.time_s(size) == pytest.approx(link.time_s(size), rel=1e-3) for size in sizes)
     with pytest.raises(ValueError, match="a line needs two points"):
         fit_link("", {1: 1.0})
+
+
+@given(st.integers(2, 8), st.floats(1e-6, 1e-2), st.floats(1e5, 1e11))
+def test_a_ring_over_the_link_takes_what_was_measured(count: int, latency_s: float, bytes_per_s: float) -> None:
+    """Whatever carried the sums: on the replay clock they take as long."""
+    fit = Link("", bytes_per_s, latency_s, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "measure_all_reduce", lambda _, sizes: {size: fit.time_s(size) for size in sizes})
+        link = speed.measure_ring(SimpleNamespace(world_size=count))  # type: ignore[arg-type]
+    for size in speed.RING_SIZES:
+        assert collective_time_s("all_reduce", count, size, link) == pytest.approx(fit.time_s(size), rel=1e-3)
+    with pytest.raises(ValueError, match="a ring has two ranks at least"):
+        speed.measure_ring(SimpleNamespace(world_size=1))  # type: ignore[arg-type]
