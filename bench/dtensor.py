@@ -1,7 +1,8 @@
 """The same decoder under torch's own tensor parallelism (`parallelize_module`, DTensor), on the ranks that call this.
 
-Products that share an input are taken apart again, because DTensor cuts a weight evenly by rows or columns; everything else
-is the course's own decoder. Heads and words must divide by the ranks.
+Products that share an input are taken apart again, because DTensor cuts a weight evenly by rows or columns, and all products
+are torch's; everything else is the course's own decoder. "ours" multiplies with packed weights, which is the engine's way;
+"ours, plain" with torch's products too, so that the parallelism alone is compared. Heads and words must divide by the ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from minillm.kv.paged import PagedCache
 from minillm.model.config import read_config
 from minillm.model.decoder import Decoder
+from minillm.model.linear import Linear
 from minillm.model.weights import load_weights
 from minillm.parallel.layout import Layout
 from minillm.parallel.loading import load_part
@@ -74,14 +76,18 @@ def load_dtensor(folder: Path) -> Decoder:
     return model
 
 
-def set_up(folder: Path, name: str, dtensor: bool, prompt: list[int], new: int) -> None:
-    """Load, and keep under `name`: the model, how to choose the next token, and the work."""
+def set_up(folder: Path, name: str, prompt: list[int], new: int) -> None:
+    """Load, and keep under `name` ("dtensor", "ours", "ours, plain"): the model, how to choose the next token, and the work."""
     here, config = context(), read_config(folder)
-    if dtensor:
+    if name == "dtensor":
         model, kv_heads = load_dtensor(folder), config.kv_heads // here.world_size
         choose = lambda logits: int(logits.argmax())  # noqa: E731
     else:
+        Linear.packed = name == "ours"
         part = load_part(folder, DeviceMesh(Layout(tp=here.world_size), here), torch.float32)
+        for module in part.model.modules():
+            if isinstance(module, Linear):
+                module.few_rows = name == "ours"
         model, kv_heads = part.model, part.model.config.kv_heads
         choose = lambda logits: int(part.tensor.argmax(logits))  # noqa: E731
     here.held[name] = model, kv_heads, choose, prompt, new

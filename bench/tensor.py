@@ -206,19 +206,21 @@ def dtensor(_: LLM) -> dict[str, Any]:
             Ranks(2, device="cpu", timeout_s=60) as ranks,
             Ranks(2, device="cpu", timeout_s=60, shared_memory=False) as slow,
         ):
-            ranks.run(set_up, folder, "ours", False, prompt, 24)
-            ranks.run(set_up, folder, "dtensor", True, prompt, 24)
-            slow.run(set_up, folder, "ours", False, prompt, 24)
-            tokens = [ranks.run(generate, name)[0] for name in ("ours", "dtensor")] + [slow.run(generate, "ours")[0]]
+            engines = {
+                "dtensor": (ranks, "dtensor"), "ours": (ranks, "ours"), "ours, plain": (ranks, "ours, plain"),
+                "ours, plain, gloo": (slow, "ours, plain"), "ours, gloo": (slow, "ours"),
+            }  # fmt: skip
+            for where, name in engines.values():
+                where.run(set_up, folder, name, prompt, 24)
+            tokens = [where.run(generate, name)[0] for where, name in engines.values()]
             jobs: dict[str, Callable[[], object]] = {
-                "dtensor": lambda: ranks.run(generate, "dtensor"),
-                "ours": lambda: ranks.run(generate, "ours"),
-                "ours, gloo": lambda: slow.run(generate, "ours"),
+                which: lambda where=where, name=name: where.run(generate, name)  # type: ignore[misc]
+                for which, (where, name) in engines.items()
             }
             seconds = side_by_side(jobs, ROUNDS)
-    same = tokens[0] == tokens[1] == tokens[2]
+    same = all(each == tokens[0] for each in tokens)
     figures: dict[str, Any] = {"equal tokens": same, "raw_s": seconds}
-    for name in ("ours", "ours, gloo"):
+    for name in list(engines)[1:]:
         figures[name] = gain = ratio(seconds["dtensor"], seconds[name])
         print(
             f"over DTensor, {name}: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}), equal tokens: {same}"

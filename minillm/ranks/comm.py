@@ -30,6 +30,13 @@ class Count:
     bytes: int = 0
 
 
+class _Over:
+    """The work of a collective in a group of one."""
+
+    def wait(self) -> None:
+        """Nothing is left to do."""
+
+
 @dataclass
 class Comm:
     """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
@@ -44,7 +51,7 @@ class Comm:
     board: Board
     backend: Backend
     group: Any = None  # torch process group; None for a group of one
-    shared: SharedMemory | None = None  # takes the place of gloo where it is there
+    shared: SharedMemory | None = None  # carries sums, gathers and broadcasts that are waited for, where it is there
     counts: dict[str, Count] = field(default_factory=dict)
     collectives: int = 0  # how many have begun, the same on all members
     _followers: dict[tuple[str, int], Follower] = field(default_factory=dict)
@@ -71,7 +78,7 @@ class Comm:
         self.collectives += 1
         buffer = self._stage(tensor)
         _, index = self.board.enter(operation, State.ISSUED)
-        work = self.group.allreduce([buffer])
+        work = self.group.allreduce([buffer]) if self.group else _Over()
         finish = lambda: self._unstage(buffer, tensor)  # noqa: E731
         return self._follow(Transfer(operation, index, self.board, buffer, work, finish), "all_reduce", self.rank)
 
@@ -80,7 +87,7 @@ class Comm:
         options = dist.BroadcastOptions()
         options.rootRank = root
         buffer = self._stage(tensor)
-        sent = tensor if self.rank == root else tensor[:0]
+        sent = tensor if self.rank == root else None
         by_memory = lambda memory: memory.broadcast(buffer, root)  # noqa: E731
         start = lambda: self.group.broadcast([buffer], options)  # noqa: E731
         self._run("broadcast", tensor, sent, start, by_memory, f" root={root}")

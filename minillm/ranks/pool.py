@@ -32,7 +32,7 @@ class Ranks:
     """`world_size` processes, one per rank, each with its own memory and device.
 
     `device` is "cpu", "cuda" or None for the machine's best; `timeout_s` is how long a rank may keep others waiting
-    without getting on; `threads` is how many CPU threads each rank uses; with `shared_memory` small messages of the engine
+    without getting on; `threads` is how many CPU threads each rank uses; with `shared_memory` sums, gathers and broadcasts of the engine
     go by it where gloo would carry them, on processors that allow it. The processes start at the first call, stay
     until `close()`, and end with this process whatever happens to it. Raises `ValueError` for a size or device that
     cannot be.

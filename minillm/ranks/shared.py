@@ -1,4 +1,4 @@
-"""Collectives over memory that all ranks of a host see, for messages too small to be worth a transport.
+"""All-reduce, all-gather and broadcast over memory that all ranks of a host see: no transport, and no wait for one.
 
 Nothing is sent: each rank writes a slot of its own and raises a flag, and reads everybody's slots when all flags are up.
 That leans on one promise of the processor: whoever sees a flag also sees what was written before it. x86 keeps it for
@@ -13,6 +13,7 @@ import platform
 import select
 import time
 from contextlib import suppress
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -32,51 +33,69 @@ class SharedMemory:
     so that the slots of n may be written again.
     """
 
-    def __init__(self, memory: mmap.mmap, rank: int, pids: list[int], limit_s: float) -> None:
-        self.rank, self.size, self.limit_s = rank, len(pids), limit_s
-        self.lives = [os.pidfd_open(pid) for pid in pids]
+    def __init__(self, memory: mmap.mmap, rank: int, lives: list[int], limit_s: float) -> None:
+        self.rank, self.size, self.limit_s = rank, len(lives), limit_s
+        self.lives = lives  # a descriptor of each rank's process
         self.flags = memoryview(memory)[: self.size * LINE * 8].cast("q")
         with torch.inference_mode(False):
             whole = torch.frombuffer(memory, dtype=torch.uint8, offset=self.size * LINE * 8)
             self.slots = whole.view(2, self.size, -1)
         self.views: dict[tuple[int, torch.dtype, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.calls: dict[tuple[str, torch.dtype, int], int] = {}
         self.number = 0
         self.spins = SPINS if self.size <= usable_cores() else 0
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum a contiguous tensor over the group, in place; every rank adds in the same order, to the same bits."""
-        for part in _parts(tensor):
-            slots = self.exchange(part)
-            if self.size == 2:  # the same sum, to the bit, with less to read
-                part.add_(slots[1 - self.rank])
-            else:
-                torch.sum(slots, 0, dtype=part.dtype, out=part)
+        """Sum a contiguous tensor over the group, in place; every rank adds up to the same bits."""
+        call = self._call("all_reduce", tensor)
+        with torch.inference_mode():  # writes into every tensor, whichever mode it is from
+            for part in _parts(tensor):
+                slots = self.exchange(part, call)
+                if self.size == 2:  # a + b is b + a, and part is at hand
+                    part.add_(slots[1 - self.rank])
+                else:
+                    torch.sum(slots, 0, dtype=part.dtype, out=part)
 
     def all_gather(self, result: torch.Tensor, tensor: torch.Tensor) -> None:
         """Everybody's contiguous tensor, one after the other into `result`."""
-        begin, rows = 0, result.view(self.size, tensor.numel())
+        call, begin, rows = self._call("all_gather", tensor), 0, result.view(self.size, tensor.numel())
         for part in _parts(tensor):
-            rows[:, begin : begin + len(part)] = self.exchange(part)
+            rows[:, begin : begin + len(part)] = self.exchange(part, call)
             begin += len(part)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """The root's contiguous tensor into everybody's."""
-        for part in _parts(tensor):
-            part.copy_(self.exchange(part)[root])
+        call = self._call(f"broadcast {root}", tensor)
+        with torch.inference_mode():
+            for part in _parts(tensor):
+                part.copy_(self.exchange(part, call)[root])
 
-    def exchange(self, part: torch.Tensor) -> torch.Tensor:
-        """[n] of each rank, at most `SLOT_BYTES` -> [size, n] of all, which stands until the next call."""
+    def exchange(self, part: torch.Tensor, call: int) -> torch.Tensor:
+        """[n] of each rank, at most `SLOT_BYTES` -> [size, n] of all, which stands until the next call.
+
+        `call` says what it is part of. Raises `ValueError` where the others are in another one.
+        """
         self.number += 1
-        turn, mine, count = self.number % 2, self.rank * LINE, part.nbytes
+        turn, mine = self.number % 2, self.rank * LINE
         slots, slot = self._views(turn, part)
         slot.copy_(part)
-        self.flags[mine + 1 + turn] = count
+        self.flags[mine + 1 + turn] = call
         self.flags[mine] = self.number  # last: it stands for all that was written before
         for other in range(self.size):
             self.wait_for(other)
-            if (theirs := self.flags[other * LINE + 1 + turn]) != count:
-                raise ValueError(f"rank {other} of the group gives {theirs:,} bytes, rank {self.rank} {count:,}")
+            if (theirs := self.flags[other * LINE + 1 + turn]) != call:
+                raise ValueError(
+                    f"rank {other} of the group is in another collective, of {theirs >> 20:,} bytes; "
+                    f"rank {self.rank}'s has {call >> 20:,}"
+                )
         return slots
+
+    def _call(self, name: str, tensor: torch.Tensor) -> int:
+        """A collective in one word: the message's bytes, and 20 bits of its name and dtype."""
+        key = name, tensor.dtype, tensor.nbytes
+        if key not in self.calls:
+            self.calls[key] = tensor.nbytes << 20 | crc32(f"{name} {tensor.dtype}".encode()) & 0xFFFFF
+        return self.calls[key]
 
     def _views(self, turn: int, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The slots of all ranks [size, n], as long as this message, and this rank's own [n]."""
@@ -89,23 +108,31 @@ class SharedMemory:
 
     def wait_for(self, other: int) -> None:
         """Until a rank's flag is up: look, then let others use the core between looks, then sleep between them."""
-        looks = 0
+        looks, since_s = 0, 0.0
         while self.flags[other * LINE] < self.number:
             looks += 1
             if looks > YIELDS:
-                self._sleep(other, (looks - YIELDS) * NAP_S)
+                since_s = since_s or time.monotonic()
+                self._sleep(other, since_s)
             elif looks > self.spins:
                 os.sched_yield()
 
-    def _sleep(self, other: int, slept_s: float) -> None:
+    def _sleep(self, other: int, since_s: float) -> None:
         """Sleep for a moment. Raises `ConnectionError` when the process that is waited for has ended, `TimeoutError` when it
         takes too long.
         """
         time.sleep(NAP_S)
-        if select.select([self.lives[other]], [], [], 0)[0]:
+        if _ended(self.lives[other]):
             raise ConnectionError(f"rank {other} of the group has ended")
-        if slept_s > self.limit_s:
+        if time.monotonic() - since_s > self.limit_s:
             raise TimeoutError(f"rank {other} of the group did not come within {self.limit_s:.0f} s")
+
+
+def _ended(life: int) -> bool:
+    """Whether a process has ended, by its descriptor."""
+    poll = select.poll()
+    poll.register(life, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -124,20 +151,34 @@ def open_shared(store: dist.Store, rank: int, size: int, limit_s: float) -> Shar
 
     It has no name, and is gone with the last of the ranks, however they end.
     """
-    length, made, memory = size * (LINE * 8 + 2 * SLOT_BYTES), -1, None
+    length = size * (LINE * 8 + 2 * SLOT_BYTES)
     if rank == 0:
-        if keeps_store_order():
-            made = os.memfd_create("minillm")
-            os.ftruncate(made, length)
-        store.set("place", f"/proc/{os.getpid()}/fd/{made}")
-    with suppress(OSError):
-        opened = os.open(store.get("place").decode(), os.O_RDWR)
-        memory = mmap.mmap(opened, length)
-        os.close(opened)
-    store.set(f"rank {rank}", str(os.getpid() if memory and keeps_store_order() else 0))
-    pids = [int(store.get(f"rank {other}")) for other in range(size)]
-    if made >= 0:
+        store.set("place", f"/proc/{os.getpid()}/fd/{_make(length)}")
+    store.set(f"rank {rank}", str(os.getpid()))
+    place, pids = store.get("place").decode(), [int(store.get(f"rank {other}")) for other in range(size)]
+    memory, lives = None, []
+    if keeps_store_order():
+        with suppress(OSError, AttributeError):  # an old kernel, a sandbox, no descriptors left
+            for pid in pids:
+                lives.append(os.pidfd_open(pid))
+            opened = os.open(place, os.O_RDWR)
+            memory = mmap.mmap(opened, length)
+            os.close(opened)
+    store.set(f"has {rank}", str(int(memory is not None)))
+    agreed = all(int(store.get(f"has {other}")) for other in range(size))
+    if rank == 0 and (made := int(place.rsplit("/", 1)[1])) >= 0:
         os.close(made)
-    if memory is None or not all(pids):
-        return None
-    return SharedMemory(memory, rank, pids, limit_s)
+    if memory is not None and agreed:
+        return SharedMemory(memory, rank, lives, limit_s)
+    for life in lives:
+        os.close(life)
+    return None
+
+
+def _make(length: int) -> int:
+    """A descriptor of new memory; -1 where there is none to be had."""
+    with suppress(OSError, AttributeError):
+        made = os.memfd_create("minillm")
+        os.ftruncate(made, length)
+        return made
+    return -1

@@ -44,18 +44,18 @@ def tree(count: int, message_bytes: float, link: Link) -> float:
     return 2 * (count - 1).bit_length() * link.time_s(message_bytes)
 
 
-def gather(count: int, message_bytes: float, link: Link) -> float:
-    """Everybody sends all it has to everybody, and adds up for itself: (n - 1) (α + β bytes)."""
+def one_shot(count: int, message_bytes: float, link: Link) -> float:
+    """An all-gather of everything, and everybody adds up for itself: (n - 1) (α + β bytes)."""
     return (count - 1) * link.time_s(message_bytes)
 
 
 ALGORITHMS: dict[str, Callable[[int, float, Link], float]] = {
     "ring": ring,
     "tree": tree,
-    "all to all, then add": gather,
+    "one-shot": one_shot,
 }
 
 
 def sent_share(name: str, count: int) -> float:
-    """What the busiest rank sends by the ring or by all to all, in times its own numbers."""
-    return {"ring": 2 * (count - 1) / count, "all to all, then add": float(count - 1)}[name]
+    """What the busiest rank sends by the ring or by one-shot, in times its own numbers."""
+    return {"ring": 2 * (count - 1) / count, "one-shot": float(count - 1)}[name]

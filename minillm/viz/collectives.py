@@ -14,6 +14,7 @@ from minillm.viz.style import COMMUNICATION, DECODE, GUESS, INK, STYLE, WAITING,
 from minillm.viz.words import plain, plain_log
 
 RANKS = 4
+EXPLAINED = {"one-shot": "one-shot, an all-gather and then everybody adds"}
 EACH = [[frozenset({rank})] * RANKS for rank in range(RANKS)]  # every rank has numbers of its own in every chunk
 SUM, NOTHING = frozenset(range(RANKS)), frozenset[int]()
 _Board = list[list[frozenset[int]]]
@@ -61,10 +62,10 @@ def draw_collectives(finding: str) -> Figure:
 
 
 def draw_growth(finding: str, guess: float | None = None, at: int = 64) -> Figure:
-    """What the busiest rank sends as there are more ranks, by the ring and by everybody sending all to everybody."""
+    """What the busiest rank sends as there are more ranks, by the ring and by one-shot, where everybody sends all to everybody."""
     counts = [2, 4, 8, 16, 32, 64]
     figure, (axis,) = new_figure(3.2)
-    for name, colour in (("ring", COMMUNICATION), ("all to all, then add", WAITING)):
+    for name, colour in (("ring", COMMUNICATION), ("one-shot", WAITING)):
         values = [sent_share(name, count) for count in counts]
         axis.plot(counts, values, "o-", color=colour, linewidth=2)
         axis.annotate(f" {name}: {plain(values[-1])} ×", (counts[-1], values[-1]), va="center", color=INK)
@@ -116,7 +117,9 @@ def draw_algorithms(count: int, link: Link, device: Device, hidden: int, weights
     rate, kind = device.flops_per_s("float16"), 2 * weights / count
     layer = [max(kind * each / rate, kind / device.bytes_per_s) * 1e6 for each in tokens]
     for (name, values), style in zip(curves.items(), ("-", "--", ":")):
-        axis.plot(tokens, values, style, color=COMMUNICATION, linewidth=2.2, label=f"one sum: {name}")
+        axis.plot(
+            tokens, values, style, color=COMMUNICATION, linewidth=2.2, label=f"one sum: {EXPLAINED.get(name, name)}"
+        )
     axis.plot(tokens, layer, color=DECODE, linewidth=2.2, label="a block's products, on each rank")
     axis.set(xscale="log", yscale="log", xlabel="tokens in the step", ylabel="µs")
     axis.set_xticks(tokens)

@@ -43,19 +43,25 @@ class StepTime:
 
 def step_time(count: int, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load) -> StepTime:
     """By the roofline, with tp=`count`; 2 sums a layer and the embedding's, each by the algorithm that is fastest then."""
-    shard = Shard(config, Layout(tp=count), 0)  # nobody has more
-    part = replace(
-        config, heads=len(shard.heads), kv_heads=len(shard.kv_heads), intermediate_size=len(shard.columns),
-        vocab_size=len(shard.vocabulary),
-    )  # fmt: skip
-    costs = predict_costs(part, device, dtype, load.sequences, load.tokens, load.context)
+    shards = [Shard(config, Layout(tp=count), rank) for rank in range(count)]
+    parts = {(len(shard.heads), len(shard.kv_heads), len(shard.columns), len(shard.vocabulary)) for shard in shards}
+    computed_s = max(_computed_s(config, part, device, dtype, load) for part in parts)
     message = load.sequences * load.tokens * config.hidden_size * DTYPE_BYTES[dtype]
     one_sum = min(algorithm(count, message, link) for algorithm in ALGORITHMS.values())
-    return StepTime(costs.embedding_s + config.layers * costs.layer_s + costs.head_s, (2 * config.layers + 1) * one_sum)
+    return StepTime(computed_s, (2 * config.layers + 1) * one_sum)
+
+
+def _computed_s(config: ModelConfig, part: tuple[int, int, int, int], device: Device, dtype: str, load: Load) -> float:
+    heads, kv_heads, columns, words = part
+    mine = replace(config, heads=heads, kv_heads=kv_heads, intermediate_size=columns, vocab_size=words)
+    costs = predict_costs(mine, device, dtype, load.sequences, load.tokens, load.context)
+    return costs.embedding_s + config.layers * costs.layer_s + costs.head_s
 
 
 def draw_slices(device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, caption: str) -> Figure:
-    """A bar for each number of devices, computing and sums; the dashed line is one device, and any pipeline."""
+    """A bar for each number of devices, computing and sums; the dotted line is one device. For single tokens it is any pipeline too;
+    a prompt may go through one in pieces.
+    """
     counts = [count for count in COUNTS if count <= config.heads]
     times = [step_time(count, device, link, config, dtype, load) for count in counts]
     colour = DECODE if load.tokens == 1 else PREFILL
@@ -71,7 +77,14 @@ def draw_slices(device: Device, link: Link, config: ModelConfig, dtype: str, loa
         )
         place.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
     axis.axvline(times[0].total_s * scale, color=FAINT, linewidth=1.3, linestyle=":", zorder=0)
-    axis.text(times[0].total_s * scale, -0.5, " one device, or any pipeline", color=FAINT, fontsize=9, va="bottom")
+    axis.text(
+        times[0].total_s * scale,
+        -0.5,
+        f" one device{', or any pipeline' if load.tokens == 1 else ''}",
+        color=FAINT,
+        fontsize=9,
+        va="bottom",
+    )
     axis.set(xlabel=f"{unit} for a step", ylabel="devices", ylim=(len(counts) - 0.4, -0.9), xlim=(0, most * 1.2))
     axis.set_yticks(range(len(counts)), [str(count) for count in counts])
     axis.tick_params(axis="y", length=0)

@@ -355,4 +355,4 @@ one.close()
 ranks.close()
 
 # %% [markdown]
-# **Next:** a pipeline makes no single answer faster. What if four devices shared every *layer*?
+# **Next:** a pipeline makes no token come sooner. What if four devices shared every *layer*?

@@ -164,14 +164,14 @@ agree.reveal(
     1,
     "Floating-point sums depend on their order. Ranks that differ in the last bit may choose different "
     "tokens, and nobody notices. So all-reduces add in one order everywhere: in a ring each chunk is "
-    "added up once, and the sum goes round; over shared memory all add from rank 0 on.",
+    "added up once, and the sum goes round; over shared memory all do the same additions.",
 )
 
 # %% [markdown]
 # ## What if: which algorithm, which link, which device
 #
-# A sum for each token of Llama-3.1-8B, in 16 bits. A ring, a tree, or all to all: who wins for one token, who for thousands?
-# And is it much, beside what a block computes?
+# A sum for each token of Llama-3.1-8B, in 16 bits. A ring, a tree (up and down again), or **one-shot**: an all-gather, and then
+# everybody adds up. Who wins for one token, who for thousands? And is it much, beside what a block computes?
 
 # %%
 from minillm.hardware.devices import find_device, find_link
@@ -229,7 +229,8 @@ WhatIf(draw_sums, "What does the sum after a block cost?",
 # > all-reduce of their own for small messages between GPUs of one host (`--disable-custom-all-reduce` switches it off), in the
 # > same manner: slots and flags in memory that all see.
 # >
-# > **Your devices.** No GPU: gloo, and shared memory on x86. GPUs: NCCL, for every collective of this page.
+# > **Your devices.** No GPU, or one: all-reduce, all-gather and broadcast by shared memory on x86, the others by gloo. Several
+# > GPUs: NCCL, for every collective of this page.
 # >
 # > **Papers.** Patarasuk and Yuan, *Bandwidth optimal all-reduce*, 2009 · Thakur et al., *Optimization of collective
 # > communication operations in MPICH*, 2005.

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 07 · Tensor
 #
-# **A pipeline makes no single answer faster. What if all devices shared every layer?**
+# **A pipeline makes no token come sooner. What if all devices shared every layer?**
 #
 # 45 minutes, and about 40 for the exercises · comes after 04 and 06 · needs nothing but this machine
 #
@@ -231,7 +231,7 @@ token.reveal(
     ms[0] / ms[1],
     f"{ms[0]:.0f} ms a token, and {ms[1]:.0f}. Decoding reads (lesson 01), and the cores of "
     "this machine read through one memory bus: two readers are hardly faster than one. Where every device "
-    "brings a memory of its own, decoding gains as much as reading prompts: see the what-if below.",
+    "brings a memory of its own, large models gain as much here as in prompts: see the what-if below.",
 )
 
 # %% [markdown]
@@ -253,8 +253,8 @@ fit = [llm.engine.load.num_blocks * 16 for llm in engines.values()]
 room.reveal(
     fit[2] / fit[0],
     f"{fit[0]:,} tokens on one device, {fit[1]:,} on two ranks, {fit[2]:,} on four. Of two ranks the "
-    "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice (vLLM and SGLang "
-    "do the same). More ranks buy no more tokens.",
+    "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice. More ranks buy no "
+    "more tokens. (vLLM and SGLang copy KV heads too, but only evenly; 9 heads on 2 or 4 ranks they refuse.)",
     draw_memory(traces, "Weights are cut nearly evenly; KV heads are not"),
 )
 
@@ -324,8 +324,8 @@ lost.reveal(
 #
 # ## What if: when does it stop helping?
 #
-# A sum costs α, the link's latency, whatever it carries; 61 or 161 of them in a row. The more devices, the less there is to
-# compute in between.
+# Each step of a sum costs α, the link's latency, whatever it carries; and there are 61 or 161 sums in a row. The more devices,
+# the less there is to compute in between.
 
 # %%
 from minillm.hardware.devices import find_device, find_link
@@ -394,7 +394,7 @@ for rank, (keys, queries) in enumerate(heads(9, 3, 2)):
 # | layers over devices | the model, between layers | hidden states, from stage to stage | 04 |
 #
 # > **Out there.** vLLM: `--tensor-parallel-size`. SGLang: `--tp-size`. TensorRT-LLM: `tp_size`. All cut columns, then rows, and
-# > copy KV heads when there are more ranks. Torch: `parallelize_module` with `ColwiseParallel` and `RowwiseParallel`.
+# > copy KV heads when there are more ranks; heads must divide by the ranks. Torch: `parallelize_module` with `ColwiseParallel` and `RowwiseParallel`.
 # >
 # > **Your devices.** No GPU: processes that share memory, as here. Two GPUs or more: `layout="tp=2"` sums by NCCL.
 # >

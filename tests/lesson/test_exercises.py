@@ -85,6 +85,19 @@ def thrice(source: str) -> str:
     return longer.replace(".item()", "[0].item()")
 
 
+STAR = """
+def ring(comm, numbers):
+    total = torch.tensor(numbers)
+    received = torch.empty_like(total)
+    if comm.rank > 0:
+        comm.send(total, to=0)
+        return comm.recv(total, source=0)
+    for other in range(1, comm.size):
+        total += comm.recv(received, source=other)
+    for other in range(1, comm.size):
+        comm.send(total, to=other)
+    return total
+"""
 WRONG = {
     # a missing message, off by one, three times the target's bytes
     "00.shift, missing": ("00.shift", SHIFT.replace("if comm.rank != 0:", "if comm.rank > 1:"), ["2 ranks with 10, 20", "rank 0 waits for", "rank 1 has returned"]),
@@ -156,7 +169,7 @@ WRONG = {
     "06.exchange, the own one forgotten": ("06.exchange", EXCHANGE.replace("result[comm.rank] = row[comm.rank]", "result.zero_()"), ["2 ranks: rank 1 at [1]: expected 11, got 0"]),
     "06.ring, a chunk off": ("06.ring", RING.replace("shift(chunks[(comm.rank - step + 1)", "shift(chunks[(comm.rank - step)"), ["2 ranks with 2 numbers each: rank 1 at [1]: expected 4, got 1"]),
     "06.ring, a step too few": ("06.ring", RING.replace("range(comm.size - 1)", "range(comm.size - 2)"), ["2 ranks with 2 numbers each: rank 0 at [0]: expected"]),
-    "06.ring, all the way round": ("06.ring", EXERCISES["06.ring"].starter.replace("# MEND", "# mine"), ["It took 72 bytes of messages; the target is 48, 1.5× as much"]),
+    "06.ring, all the way round": ("06.ring", EXERCISES["06.ring"].starter.replace("# MEND", "# mine"), ["It took 24 bytes from the busiest rank; the target is 16, 1.5× as much"]),
     "07.argmax, all logits": ("07.argmax", EXERCISES["07.argmax"].starter.replace("# MEND", "# mine"), ["It took 20 bytes from each rank; the target is 8, 2.5× as much"]),
     "07.argmax, each its own": ("07.argmax", "def argmax(comm, logits):\n    return int(torch.tensor(logits).argmax()) + 5 * comm.rank", ["2 ranks with 5 words each: rank", "expected"]),
     "07.argmax, a place and no word": ("07.argmax", ARGMAX.replace("len(logits) * comm.rank + place", "place"), ["expected", "got"]),
@@ -168,6 +181,7 @@ WRONG = {
     "07.heads, all on one": ("07.heads", EXERCISES["07.heads"].starter.replace("# MEND", "# mine"), ["4 query and 4 KV heads on 2 ranks: rank 1 computes no query head"]),
     "07.heads, without its KV head": ("07.heads", HEADS.replace("range(group * head, group * (head + 1))", "range(group * head + 1, group * (head + 1) + 1)"), ["4 query and 2 KV heads on 1 rank: rank 0 computes query head 4, which needs KV head 2; it caches [0, 1]"]),
     "07.heads, one too few": ("07.heads", HEADS.replace("range(group * head, group * (head + 1))", "range(group * head, group * (head + 1) - 1)"), ["4 query and 2 KV heads on 1 rank: query head 1 is computed 0 times; once is right"]),
+    "06.ring, all to rank 0 and back": ("06.ring", STAR, ["It took 24 bytes from the busiest rank; the target is 16, 1.5× as much"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 

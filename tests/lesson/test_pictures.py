@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from minillm import RankError, Ranks
 from minillm.hardware.devices import DEVICES, find_device, find_link
 from minillm.model.shapes import SHAPES
+from minillm.parallel.balance import predict_costs
 from minillm.parallel.layout import share
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
@@ -407,6 +408,11 @@ def test_slices_over_devices_stop_helping_where_sums_cost_more() -> None:
     one, two = (step_time(count, device, find_link("NVLink 3"), config, "float16", load) for count in (1, 2))
     assert one.summed_s == 0 and two.computed_s == pytest.approx(one.computed_s / 2, rel=0.01)
     assert two.summed_s == pytest.approx(65 * (2e-6 + 8192 / 300e9), rel=0.01)  # both send all they have, once
+    small = SHAPES["SmolLM2-135M"]
+    uneven = step_time(4, device, find_link("NVLink 3"), small, "float16", Load(1, 2048, 0)).computed_s
+    fullest = replace(small, heads=3, kv_heads=1, intermediate_size=384, vocab_size=12288)  # ranks 2 and 3 of 4
+    costs = predict_costs(fullest, device, "float16", 1, 2048)
+    assert uneven == pytest.approx(costs.embedding_s + 30 * costs.layer_s + costs.head_s)
     said = {
         link: draw_slices(device, find_link(link), config, "float16", Load(1, 2048, 0), "planned").get_suptitle()
         for link in ("NVLink 3", "1 Gbit/s")

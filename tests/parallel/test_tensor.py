@@ -171,7 +171,7 @@ def test_sums_in_parts_overlap_with_the_work(made: Made) -> None:
         work = [span for span in mine if is_compute(span)]
         sums = [span for span in mine if span.lane == "wire" and span.name == "all_reduce"]
         assert len(sums) == 2 * 3 * 4
-        assert any(one.start_s < each.end_s and each.start_s < one.end_s for one in sums for each in work)
+        assert any(one.start_s < each.start_s < one.end_s for one in sums for each in work)  # begins meanwhile
         whole = [span for span in chunked.trace.spans if span.rank == rank and is_compute(span)]
         assert sum(span.flops for span in work) == sum(span.flops for span in whole)
     free, slow = replay(trace).end_s, replay(trace, find_link("1 Gbit/s")).end_s

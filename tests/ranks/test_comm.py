@@ -143,3 +143,15 @@ def test_a_call_under_way_fails_as_any_other(ranks4: Ranks) -> None:
         call.result()
     assert call.over
     assert ranks4.run(lambda: 1) == [1] * 4
+
+
+def test_a_group_of_one_and_a_lone_number(ranks2: Ranks) -> None:
+    """What needs nobody else is over at once; a tensor without dimensions is broadcast too."""
+
+    def lonely() -> tuple[float, float]:
+        here = context()
+        alone = here.comm((here.rank,), name=f"alone {here.rank}")
+        transfer = alone.iall_reduce(torch.ones(2))
+        return float(transfer.wait().sum()), float(here.comm().broadcast(torch.tensor(float(here.rank)), root=1))
+
+    assert ranks2.run(lonely) == [(2.0, 1.0)] * 2

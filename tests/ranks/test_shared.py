@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def test_sums_with_random_pauses(ranks2: Ranks, ranks4: Ranks) -> None:
         assert set(ranks.run(random_sums, 500)) == {"500 sums"}
 
 
+def fractions() -> str:
+    """On every rank: the bits of sums that rounding makes depend on the order."""
+    comm, mark = context().comm(), sha256()
+    dice = torch.Generator().manual_seed(context().rank)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for numbers in (1, 7, 1003, SLOT_BYTES // 4 + 5):
+            total = comm.all_reduce((1e3 * torch.randn(numbers, generator=dice)).to(dtype))
+            mark.update(total.view(torch.uint8).numpy().tobytes())
+    return mark.hexdigest()
+
+
+def test_all_ranks_get_the_same_bits(ranks2: Ranks, ranks4: Ranks) -> None:
+    for ranks in (ranks2, ranks4):
+        assert len(set(ranks.run(fractions))) == 1
+
+
 class Gated:
     """Flags of which each look and each raising waits for its turn."""
 
@@ -88,11 +105,11 @@ def interleave(size: int, seed: int, sums: int) -> None:
 
     def rank_does(rank: int) -> None:
         try:
-            mine = SharedMemory(memory, rank, [os.getpid()] * size, 60.0)
+            mine = SharedMemory(memory, rank, [os.pidfd_open(os.getpid()) for _ in range(size)], 60.0)
             mine.flags = Gated(mine.flags, lambda: gate(rank))  # type: ignore[assignment]
             for number in range(sums):
                 part = torch.full((3,), float(10**rank * (number + 1)))
-                slots = mine.exchange(part)
+                slots = mine.exchange(part, 1)
                 gate(rank)  # others may go on before this one has read
                 if slots.sum(0).tolist() != [float((number + 1) * sum(10**other for other in range(size)))] * 3:
                     wrong.append((rank, number, slots.tolist()))
@@ -111,7 +128,7 @@ def interleave(size: int, seed: int, sums: int) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert wrong == []
+    assert wrong == [] and not any(thread.is_alive() for thread in threads)
 
 
 def test_a_thousand_interleavings() -> None:
@@ -125,7 +142,9 @@ def test_in_and_out_of_inference_mode(ranks2: Ranks) -> None:
     def sums() -> list[float]:
         comm = context().comm(name="modes")
         with torch.inference_mode():
+            inside = torch.ones(3)
             first = [float(comm.all_reduce(torch.ones(3))[0]) for _ in range(2)]
+        assert comm.all_reduce(inside)[0] == 2 and comm.broadcast(inside, 0)[0] == 2
         then = [float(comm.all_reduce(torch.ones(3))[0]) for _ in range(2)]
         with torch.inference_mode():
             return [*first, *then, float(comm.all_gather(torch.ones(3)).sum())]
@@ -137,6 +156,55 @@ def test_messages_of_different_sizes_are_named(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"gives \d bytes, rank . \d|disagree|shape|\[1\]"):
         ranks2.run(lambda: context().comm().all_reduce(torch.zeros(1 + context().rank)))
     assert ranks2.run(lambda: 1) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.zeros(SLOT_BYTES), torch.zeros(SLOT_BYTES // 2)),  # of as many bytes each, part by part
+        (torch.zeros(4), torch.zeros(8, dtype=torch.bfloat16)),
+        (torch.zeros(1), None),
+    ],
+)
+def test_different_calls_are_noticed_before_anything_is_added(first: torch.Tensor, second: torch.Tensor | None) -> None:
+    """Where no notice boards are compared, as under torchrun: by the memory itself."""
+    memory, said = mmap.mmap(-1, 2 * (LINE * 8 + 2 * SLOT_BYTES)), []
+
+    def rank_does(rank: int) -> None:
+        mine = SharedMemory(memory, rank, [os.pidfd_open(os.getpid()) for _ in range(2)], 2.0)
+        try:
+            if rank == 0:
+                mine.all_reduce(first)
+            elif second is not None:
+                mine.all_reduce(second)
+            else:
+                mine.broadcast(torch.zeros(1), 0)
+        except ValueError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=rank_does, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(said) == 2 and all("of the group is in another collective, of " in text for text in said)
+
+
+def test_what_one_rank_cannot_have_nobody_has() -> None:
+    """A sandbox that forbids a call, on one rank: all go by gloo, and nobody hangs."""
+
+    def without(call: str, where: int) -> tuple[bool, float]:
+        def refused(*_: Any) -> None:
+            raise PermissionError("not here")
+
+        if context().rank == where:
+            setattr(os, call, refused)
+        comm = context().comm(name=f"without {call} on {where}")
+        return comm.shared is None, float(comm.all_reduce(torch.ones(1)))
+
+    with Ranks(2, device="cpu", timeout_s=5) as ranks:
+        for call, where in (("pidfd_open", 1), ("memfd_create", 0), ("ftruncate", 0)):
+            assert ranks.run(without, call, where) == [(True, 2.0)] * 2
 
 
 def test_a_killed_rank_leaves_nobody_waiting() -> None:

@@ -19,6 +19,14 @@ def rounds(toy: ToyRun) -> int:
     return max(ends.values(), default=0)
 
 
+def busiest(toy: ToyRun) -> int:
+    """The bytes that the rank which sends most has sent."""
+    sent = [0] * len(toy.results)
+    for message in toy.messages:
+        sent[message.source] += message.bytes
+    return max(sent)
+
+
 def _numbers(*numbers: float) -> Case:
     return Case(f"{len(numbers)} ranks with {', '.join(f'{number:g}' for number in numbers)}", numbers)
 
@@ -141,8 +149,9 @@ RING = RanksExercise(
     spec=ring_spec,
     cases=(_vectors(2, 1), _vectors(3, 1), _vectors(4, 2)),
     real=_vectors(4, 3, first=2),
-    target=lambda case: 4 * 2 * (len(case.inputs) - 1) * len(case.inputs[0]),
-    unit="bytes of messages",
+    measure=busiest,
+    target=lambda case: 4 * 2 * (len(case.inputs) - 1) * len(case.inputs[0]) // len(case.inputs),
+    unit="bytes from the busiest rank",
     starter='''\
 def ring(comm, numbers):
     """The sum of all ranks' numbers, on every rank. The length of `numbers` is a multiple of the size.
