@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+SHORT = 4  # numbers of a tensor that are told one by one
 CLOSE = 1e-4  # relative, for float32 sums in another order
 
 
@@ -45,6 +46,8 @@ def _kind(value: Any) -> str:
 def value_text(value: Any) -> str:
     """A result in a few words."""
     if isinstance(value, torch.Tensor):
+        if value.ndim == 1 and 1 < value.numel() <= SHORT:
+            return f"[{', '.join(value_text(each) for each in value.tolist())}]"
         return f"a tensor {list(value.shape)}" if value.numel() != 1 else value_text(value.item())
     if isinstance(value, float):
         return f"{value:,.6g}" if not value.is_integer() or abs(value) >= 1e15 else f"{int(value):,}"

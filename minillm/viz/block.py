@@ -103,6 +103,7 @@ def _draw_lane(axis: Any, first: Cut, second: Cut, rank: int, ranks: int, base: 
         (39.4, 1, HIDDEN, range(1), result, ACTIVATIONS, second == "rows", "f(x · W) · V"),
         (46.2, 1, HIDDEN, range(1), all_narrow, ACTIVATIONS, False, "y"),
     )
+    there = {"x": all_narrow, "f(x · W)": all_wide if first == "rows" and second == "columns" else used}
     axis.text(-1.5, base + WIDE / 2, f"rank {rank}", rotation=90, ha="center", va="center", color=INK, fontsize=10)
     for left, rows, columns, held_rows, held_columns, colour, summands, name in parts:
         bottom = base + (WIDE - rows) / 2
@@ -110,6 +111,8 @@ def _draw_lane(axis: Any, first: Cut, second: Cut, rank: int, ranks: int, base: 
             for column in range(columns):
                 held = row in held_rows and column in held_columns
                 patch = _patch(left + column, bottom + rows - 1 - row, held, summands, colour)
+                if name in ("x", "f(x · W)") and not held and column in there[name]:
+                    patch.set_facecolor("#fbf8c9")  # here, and not used
                 axis.add_patch(patch)
         if named:
             axis.text(left + columns / 2, base + WIDE + 0.5, name, ha="center", va="bottom", color=INK, fontsize=10)

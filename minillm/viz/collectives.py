@@ -18,6 +18,7 @@ EXPLAINED = {"one-shot": "one-shot, an all-gather and then everybody adds"}
 EACH = [[frozenset({rank})] * RANKS for rank in range(RANKS)]  # every rank has numbers of its own in every chunk
 SUM, NOTHING = frozenset(range(RANKS)), frozenset[int]()
 _Board = list[list[frozenset[int]]]
+CHUNKS = {"all-to-all": [[rank] * RANKS for rank in range(RANKS)]}  # after it, rank r has everybody's chunk r
 
 
 def results() -> dict[str, tuple[_Board, _Board]]:
@@ -43,6 +44,12 @@ def draw_collectives(finding: str) -> Figure:
             for rank in range(RANKS):
                 for chunk in range(RANKS):
                     draw_cell(axis, chunk, rank, board[rank][chunk], RANKS)
+                    if board[rank][chunk]:
+                        number = CHUNKS[name][rank][chunk] if row and name in CHUNKS else chunk
+                        axis.text(
+                            chunk + 0.45, rank + 0.43, str(number), ha="center", va="center", fontsize=8.5,
+                            bbox={"boxstyle": "circle,pad=0.12", "facecolor": "white", "edgecolor": "none"},
+                        )  # fmt: skip
             axis.set(xlim=(-0.05, RANKS), ylim=(RANKS, -0.05), xticks=[])
             axis.set_yticks(
                 [rank + 0.42 for rank in range(RANKS)],
@@ -57,7 +64,9 @@ def draw_collectives(finding: str) -> Figure:
             axes[0, 0].set_ylabel("before")
             axes[1, 0].set_ylabel("after")
     return frame(
-        figure, finding, "a row is a rank's memory, a colour a rank whose numbers are in; several colours: their sum"
+        figure,
+        finding,
+        "a row is a rank's memory, a number a chunk, a colour a rank whose numbers are in; several colours: their sum",
     )
 
 
@@ -93,11 +102,11 @@ def draw_fit(points: Mapping[str, Mapping[int, float]], fits: Mapping[str, Link]
     for (name, seconds), colour in zip(points.items(), (DECODE, COMMUNICATION)):
         sizes, link = list(seconds), fits[name]
         axis.plot(sizes, [seconds[size] * 1e6 for size in sizes], "o", color=colour)
-        axis.plot(sizes, [link.time_s(size) * 1e6 for size in sizes], "-", color=colour, linewidth=1.6)
-        text = f"{name}: α {plain(link.latency_s * 1e6)} µs, β⁻¹ {plain(link.bytes_per_s / 1e9)} GB/s"
-        axis.annotate(
-            text, (sizes[0], link.time_s(sizes[0]) * 1e6), xytext=(0, 9), textcoords="offset points", color=colour
-        )
+        fine = [sizes[0] * (sizes[-1] / sizes[0]) ** (step / 60) for step in range(61)]
+        axis.plot(fine, [link.time_s(size) * 1e6 for size in fine], "-", color=colour, linewidth=1.6)
+        text = f"{name}: α = {plain(link.latency_s * 1e6)} µs, 1 / β = {plain(link.bytes_per_s / 1e9)} GB/s"
+        place = sizes[0] * 1.05, link.time_s(sizes[0]) * 1e6
+        axis.annotate(text, place, xytext=(0, -17), textcoords="offset points", color=colour)
     axis.set(xscale="log", yscale="log", xlabel="bytes in the message", ylabel="µs for an all-reduce")
     plain_log(axis)
     axis.grid(color="#ececec", linewidth=0.8)

@@ -46,7 +46,11 @@ class Timeline(InteractivePicture):
             self.show(trace)
 
     def push(self, span: Span) -> None:
-        """Take a span that has just ended; the picture follows at most ten times a second."""
+        """Take a span that has just ended; the picture follows at most ten times a second. It grows by what ranks compute; what
+        is on the way between them is left to `show`.
+        """
+        if span.lane != "compute":
+            return
         if self._shown is not None:  # another run begins
             self._shown, self._growing, self.memory = None, Trace(), []
         self._growing.spans.append(span)

@@ -47,6 +47,8 @@ def draw_messages(
     said = (
         f"your run on toy ranks · time goes to the right · {count} message{'s' * (count != 1)}, {bytes_text(run.bytes)}"
     )
+    if any(message.operation != "send" for message in run.messages):
+        said += " · the toy carries collectives through rank 0"
     return frame(figure, finding, said)
 
 

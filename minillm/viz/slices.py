@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 
 from minillm.hardware.devices import Device, Link
 from minillm.model.config import DTYPE_BYTES, ModelConfig
+from minillm.model.cost import USABLE
 from minillm.parallel.balance import predict_costs
 from minillm.parallel.layout import Layout
 from minillm.parallel.shards import Shard
@@ -34,6 +35,7 @@ class StepTime:
 
     computed_s: float
     summed_s: float
+    fits: bool = True  # whether the fullest rank's weights are within what is used of a device's memory
 
     @property
     def total_s(self) -> float:
@@ -48,7 +50,8 @@ def step_time(count: int, device: Device, link: Link, config: ModelConfig, dtype
     computed_s = max(_computed_s(config, part, device, dtype, load) for part in parts)
     message = load.sequences * load.tokens * config.hidden_size * DTYPE_BYTES[dtype]
     one_sum = min(algorithm(count, message, link) for algorithm in ALGORITHMS.values())
-    return StepTime(computed_s, (2 * config.layers + 1) * one_sum)
+    weights = max(shard.weight_bytes(DTYPE_BYTES[dtype]) for shard in shards)
+    return StepTime(computed_s, (2 * config.layers + 1) * one_sum, weights <= USABLE * device.memory_bytes)
 
 
 def _computed_s(config: ModelConfig, part: tuple[int, int, int, int], device: Device, dtype: str, load: Load) -> float:
@@ -59,32 +62,33 @@ def _computed_s(config: ModelConfig, part: tuple[int, int, int, int], device: De
 
 
 def draw_slices(device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, caption: str) -> Figure:
-    """A bar for each number of devices, computing and sums; the dotted line is one device. For single tokens it is any pipeline too;
-    a prompt may go through one in pieces.
+    """A bar for each number of devices, computing and sums, hatched where the weights do not fit. The dotted line is the least
+    number that holds them. For single tokens it is any pipeline too; a prompt may go through one in pieces.
     """
     counts = [count for count in COUNTS if count <= config.heads]
     times = [step_time(count, device, link, config, dtype, load) for count in counts]
+    least = next((row for row, time in enumerate(times) if time.fits), None)
     colour = DECODE if load.tokens == 1 else PREFILL
     scale, unit = time_unit(max(time.total_s for time in times))
     most = max(time.total_s for time in times) * scale
     figure, (axis,) = new_figure(3.3)
     for row, time in enumerate(times):
-        axis.barh(row, time.computed_s * scale, height=0.62, color=colour)
-        axis.barh(row, time.summed_s * scale, left=time.computed_s * scale, height=0.62, color=COMMUNICATION)
-        said = f"{plain(_two_digits(time.total_s * scale))} {unit}{_beside(times[0], time) if row else ''}"
+        looks = {} if time.fits else {"facecolor": "white", "edgecolor": FAINT, "hatch": "////"}
+        axis.barh(row, time.computed_s * scale, height=0.62, **looks or {"color": colour})
+        axis.barh(
+            row, time.summed_s * scale, left=time.computed_s * scale, height=0.62, **looks or {"color": COMMUNICATION}
+        )
+        beside = _beside(times[least], time) if least is not None and time.fits and row != least else ""
+        said = f"{plain(_three_digits(time.total_s * scale))} {unit}{beside}" if time.fits else "does not fit"
         place = axis.annotate(
             said, (time.total_s * scale, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5
         )
         place.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
-    axis.axvline(times[0].total_s * scale, color=FAINT, linewidth=1.3, linestyle=":", zorder=0)
-    axis.text(
-        times[0].total_s * scale,
-        -0.5,
-        f" one device{', or any pipeline' if load.tokens == 1 else ''}",
-        color=FAINT,
-        fontsize=9,
-        va="bottom",
-    )
+    if least is not None:
+        at, who = times[least].total_s * scale, "one device" if least == 0 else f"{counts[least]} devices"
+        axis.axvline(at, color=FAINT, linewidth=1.3, linestyle=":", zorder=0)
+        also = ", or any pipeline" if load.tokens == 1 and least == 0 else ""
+        axis.text(at, -0.5, f" {who}{also}", color=FAINT, fontsize=9, va="bottom")
     axis.set(xlabel=f"{unit} for a step", ylabel="devices", ylim=(len(counts) - 0.4, -0.9), xlim=(0, most * 1.2))
     axis.set_yticks(range(len(counts)), [str(count) for count in counts])
     axis.tick_params(axis="y", length=0)
@@ -93,26 +97,33 @@ def draw_slices(device: Device, link: Link, config: ModelConfig, dtype: str, loa
         [Patch(color=colour), Patch(color=COMMUNICATION)],
         ["computes and reads, the fullest rank", "sums"],
     )
-    return frame(figure, _finding(counts, times), caption)
+    heads = "" if counts == list(COUNTS) else f" · {config.heads} heads, so at most {config.heads} devices"
+    return frame(figure, _finding(counts, times), caption + heads)
 
 
 def _finding(counts: list[int], times: list[StepTime]) -> str:
-    best = min(range(len(times)), key=lambda row: times[row].total_s)
-    gain = times[0].total_s / times[best].total_s
-    if best == 0:
-        slower = times[1].total_s / times[0].total_s
-        return f"One device is fastest; two take {plain(_two_digits(slower))} times as long"
-    said = f"{counts[best]} devices are fastest, {plain(_two_digits(gain))} times as fast as one"
+    rows = [row for row, time in enumerate(times) if time.fits]
+    if not rows:
+        return f"Not even {counts[-1]} devices hold the weights"
+    least, best = rows[0], min(rows, key=lambda row: times[row].total_s)
+    few = "one" if least == 0 else f"{counts[least]}, the least that hold it"
+    gain = times[least].total_s / times[best].total_s
+    if best == least:
+        who = "One device is" if least == 0 else f"{counts[least]} devices hold it, and are"
+        if least == len(times) - 1:
+            return f"{who} all there is"
+        slower = times[least + 1].total_s / times[least].total_s
+        return f"{who} fastest; {counts[least + 1]} take {plain(_three_digits(slower))} times as long"
+    said = f"{counts[best]} devices are fastest, {plain(_three_digits(gain))} times as fast as {few}"
     if best == len(times) - 1:
-        share = times[best].summed_s / times[best].total_s
-        return f"{said}; sums are {share:.0%} of their time"
+        return f"{said}; sums are {times[best].summed_s / times[best].total_s:.0%} of their time"
     return f"{said}; with more, sums cost more than they save"
 
 
 def _beside(one: StepTime, many: StepTime) -> str:
     gain = one.total_s / many.total_s
-    return f", {plain(_two_digits(gain))} × as fast" if gain >= 1 else f", {plain(_two_digits(1 / gain))} × as long"
+    return f", {plain(_three_digits(gain))} × as fast" if gain >= 1 else f", {plain(_three_digits(1 / gain))} × as long"
 
 
-def _two_digits(number: float) -> float:
-    return float(f"{number:.2g}")
+def _three_digits(number: float) -> float:
+    return float(f"{number:.3g}")

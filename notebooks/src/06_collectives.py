@@ -72,7 +72,8 @@ from minillm.viz.style import show
 show(draw_collectives("Five collectives: an all-reduce is a reduce-scatter and then an all-gather"))
 
 # %% [markdown]
-# The last sentence is the ring: the first half of its steps is a reduce-scatter, the second an all-gather.
+# So an all-reduce is a reduce-scatter and then an all-gather; and that is the ring: the first half of its steps is the one, the
+# second half the other.
 #
 # ## Predict
 #
@@ -100,21 +101,27 @@ sends.reveal(
 # %% [markdown]
 # ## Run: what a message costs
 #
-# A token of SmolLM2 is 576 numbers, 2.3 KB. The four processes could hand them over by `gloo`, as over a network. They could
-# also leave them in memory that all of them see.
+# A token of SmolLM2 is 576 numbers, 2.3 kB. Two processes could hand them over by `gloo`, as over a network. They could also
+# leave them in memory that both see.
 
 # %%
 faster = Predict(
-    "06.memory", "How many times as fast is an all-reduce of 2.3 KB over shared memory?", "×", 1, 1000
+    "06.memory", "How many times as fast is an all-reduce of 2.3 kB over shared memory?", "×", 1, 1000
 )
 faster
 
 # %%
+from statistics import median
+
 from minillm.ranks.speed import fit_link, measure_all_reduce
 
 sizes = [1024, 2304, 9216, 36_864, 147_456, 589_824, 2_359_296]
 with Ranks(2) as pair, Ranks(2, shared_memory=False) as apart:
-    points = {"gloo": measure_all_reduce(apart, sizes), "shared memory": measure_all_reduce(pair, sizes)}
+    rounds = [[measure_all_reduce(each, sizes) for each in (apart, pair)] for _ in range(5)]
+points = {
+    name: {size: median(both[at][size] for both in rounds) for size in sizes}
+    for at, name in enumerate(("gloo", "shared memory"))
+}
 fits = {name: fit_link(name, seconds) for name, seconds in points.items()}
 
 # %%
@@ -125,7 +132,7 @@ gloo, memory = points["gloo"][2304], points["shared memory"][2304]
 faster.reveal(
     gloo / memory,
     f"{gloo * 1e6:.0f} µs against {memory * 1e6:.0f}. Small messages cost α, whatever their size; large "
-    "ones cost β for each byte. One straight line, α + β · bytes, says both.",
+    "ones cost β for each byte. One line, α + β · bytes (curved on these axes), says both.",
     draw_fit(points, fits, "Small messages pay α, large ones pay β",
              f"measured · 2 CPU processes on {usable_cores()} cores · lines: fitted"),
 )
@@ -152,17 +159,28 @@ agree = Predict("06.order", "Four ranks add the same four numbers, each in anoth
 agree
 
 # %%
-# %%ranks
-numbers = comm.all_gather(torch.tensor([[1e8, 1.0, -1e8, 1.0][rank]]))
-total = torch.zeros(())
-for step in range(4):
-    total += numbers[(rank + step) % 4]
-print(float(total))
+import torch
+
+from minillm import context
+
+
+def own_order():
+    """On each rank: everybody's number, added up from its own on."""
+    comm = context().comm()
+    numbers = comm.all_gather(torch.tensor([[1e8, 1.0, -1e8, 1.0][comm.rank]]))
+    total = torch.zeros(())
+    for step in range(4):
+        total += numbers[(comm.rank + step) % 4]
+    return float(total)
+
+
+sums = ranks.run(own_order)
 
 # %%
 agree.reveal(
     1,
-    "Floating-point sums depend on their order. Ranks that differ in the last bit may choose different "
+    f"1e8 + 1 - 1e8 + 1 is 2. The ranks have {', '.join(f'{each:g}' for each in sums)}: beside 1e8 a "
+    "float32 has no room for 1, and when it is lost depends on the order. Ranks that differ may choose different "
     "tokens, and nobody notices. So all-reduces add in one order everywhere: in a ring each chunk is "
     "added up once, and the sum goes round; over shared memory all do the same additions.",
 )

@@ -16,7 +16,7 @@
 #
 # **A pipeline makes no token come sooner. What if all devices shared every layer?**
 #
-# 45 minutes, and about 40 for the exercises · comes after 04 and 06 · needs nothing but this machine
+# 45 minutes, and about 40 for the exercises · comes after 05 and 06 · needs nothing but this machine
 #
 # Two questions from before: what does an all-reduce leave on every rank? And how many bytes did a stage of the pipeline send
 # for one token?
@@ -45,7 +45,7 @@ question = two.tokenizer.chat([{"role": "user", "content": "What is the capital 
 from minillm.viz.live import Timeline
 
 two.generate([question], SamplingParams(max_tokens=1))  # warm up
-live = Timeline(finding="Both ranks work on every token, all the time")
+live = Timeline(finding="Both ranks work on every token")
 shown = display(live, display_id=True)
 two.on_span = live.push
 answer = two.generate([question], SamplingParams(max_tokens=7))[0]
@@ -229,9 +229,9 @@ print("the same tokens:", runs[0][0].token_ids == runs[0][1].token_ids)
 # %%
 token.reveal(
     ms[0] / ms[1],
-    f"{ms[0]:.0f} ms a token, and {ms[1]:.0f}. Decoding reads (lesson 01), and the cores of "
-    "this machine read through one memory bus: two readers are hardly faster than one. Where every device "
-    "brings a memory of its own, large models gain as much here as in prompts: see the what-if below.",
+    f"{ms[0]:.0f} ms a token, and {ms[1]:.0f}. Decoding reads (lesson 01), and the cores of this "
+    "machine read through one memory bus: two readers gain little or nothing, and sums are on top. Where "
+    "every device has a memory of its own, and a fast link, large models gain: see the what-if below.",
 )
 
 # %% [markdown]
@@ -247,16 +247,25 @@ room = Predict(
 room
 
 # %%
+from minillm.trace.trace import Category
 from minillm.viz.memory import draw_memory
 
 fit = [llm.engine.load.num_blocks * 16 for llm in engines.values()]
+kept = Category.KV_CACHE
+cache = {name: replace(run, memory=[each for each in run.memory if each.category is kept])
+         for name, run in traces.items()}
 room.reveal(
     fit[2] / fit[0],
     f"{fit[0]:,} tokens on one device, {fit[1]:,} on two ranks, {fit[2]:,} on four. Of two ranks the "
-    "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice. More ranks buy no "
-    "more tokens. (vLLM and SGLang copy KV heads too, but only evenly; 9 heads on 2 or 4 ranks they refuse.)",
-    draw_memory(traces, "Weights are cut nearly evenly; KV heads are not"),
+    "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice; more than three "
+    "ranks buy no more. (vLLM and SGLang copy KV heads too, but evenly; 9 heads on 2 or 4 they refuse.)",
+    draw_memory(cache, "Nobody can have half a KV head: from three ranks on, more do not help",
+                "measured · the most that was cached at a time, of the same prompts · SmolLM2-135M float32"),
+    how="counted",
 )
+
+# %%
+show(draw_memory(traces, "Weights are cut nearly evenly; what differs is the heads"))
 
 # %% [markdown]
 # ## The engine's own
@@ -282,7 +291,8 @@ show_source("parallel.tensor.TensorGroup.argmax")
 # %%
 lost = Predict("07.lost_sum", "What comes out?",
                choices=("an error from the communicator", "one rank hangs",
-                        "noise, whichever layer forgets", "fluent text, wrong or right",
+                        "noise, whichever layer forgets",
+                        "no error; the right text or nonsense, by layer",
                         "another text on each rank"))
 lost
 
@@ -324,7 +334,7 @@ lost.reveal(
 #
 # ## What if: when does it stop helping?
 #
-# Each step of a sum costs α, the link's latency, whatever it carries; and there are 61 or 161 sums in a row. The more devices,
+# Each step of a sum costs α, the link's latency, whatever it carries; and there are 61 sums in a row in SmolLM2, 161 in a 70B. The more devices,
 # the less there is to compute in between.
 
 # %%
@@ -342,13 +352,13 @@ def draw_what_if(device, link, model, step):
                        caption)
 
 
-WhatIf(draw_what_if, "How many devices for a layer?", device=["A100 80GB", "H100", "T4"],
+WhatIf(draw_what_if, "How many devices for a step?", device=["A100 80GB", "H100", "T4"],
        link=["NVLink 3", "PCIe 4 x16", "100 Gbit/s", "1 Gbit/s"],
        model=["Llama-3.1-8B", "Llama-3.1-70B", "SmolLM2-135M"], step=list(loads))
 
 # %% [markdown]
 # So tensor parallelism stays inside a host, where links are fast, and pipelines go between hosts. A slow link hurts a fast
-# device most: take the T4 and the A100 over the same Ethernet, for a prompt.
+# device most: take the T4 and the A100 at 100 Gbit/s, for a prompt.
 #
 # ## Your turn
 #
@@ -372,17 +382,20 @@ WhatIf(draw_what_if, "How many devices for a layer?", device=["A100 80GB", "H100
 # %%exercise 07.heads
 
 # %% [markdown]
-# Your `heads` (or, until it is solved, the course's) for SmolLM2, beside what the engine's ranks hold:
+# Your `heads` (or, until it is solved, the course's) for SmolLM2, beside what the engine's ranks hold. (Which ranks
+# share a head is free; the engine takes neighbours.)
 
 # %%
 from minillm.lesson.desk import whose
+from minillm.parallel.layout import Layout
 from minillm.parallel.shards import Shard
 
 print("heads is", whose(heads))
-for rank, (keys, queries) in enumerate(heads(9, 3, 2)):
-    shard = Shard(two.config, two.layout, rank)
-    held = f"KV heads {list(shard.kv_heads)}, query heads {list(shard.heads)}"
-    print(f"rank {rank}: KV heads {keys}, query heads {queries}; the engine's: {held}")
+for count, layout in ((2, "tp=2"), (4, "tp=4")):
+    for rank, (keys, queries) in enumerate(heads(9, 3, count)):
+        shard = Shard(two.config, Layout.parse(layout), rank)
+        held = f"KV heads {list(shard.kv_heads)}, query heads {list(shard.heads)}"
+        print(f"{layout}, rank {rank}: KV heads {keys}, query heads {queries}; the engine's: {held}")
 
 # %% [markdown]
 # ## Passport

@@ -351,7 +351,7 @@ def test_lesson_07(browser: Any, lab: str) -> None:
     guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as fast do two ranks read"), 0.6)
     for label, values in (
         ("What if W and V were cut another way?", ("rows", "columns")),
-        ("How many devices for a layer?", ("prefill, 2,048 tokens", "1 Gbit/s", "SmolLM2-135M", "T4")),
+        ("How many devices for a step?", ("prefill, 2,048 tokens", "1 Gbit/s", "SmolLM2-135M", "T4")),
     ):
         card = page.locator(".minillm-card", has_text=label)
         for value in values:

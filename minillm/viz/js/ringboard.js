@@ -62,21 +62,18 @@ function render({ model, el }) {
         for (const other of ranksIn(bits)) shape("rect", { x: x + (other * wide) / n, y, width: wide / n, height: ROW - GAP, fill: colours[other] }, cell);
         const picked = chosen && chosen[0] === rank && chosen[1] === chunk;
         shape("rect", { x, y, width: wide, height: ROW - GAP, fill: "none", stroke: picked ? LOOK.guess : whole ? LOOK.ink : "#b5b5b5", "stroke-width": picked ? 4 : whole ? 2.5 : 1 }, cell);
-        if (whole) { shape("circle", { cx: x + wide / 2, cy: y + (ROW - GAP) / 2, r: 11, fill: "white" }, cell); text(x + wide / 2, y + (ROW - GAP) / 2 + 5, "Σ", LOOK.ink, "middle", 15); }
+        if (whole) { shape("circle", { cx: x + wide / 2, cy: y + (ROW - GAP) / 2, r: 11, fill: "white" }, cell); text(x + wide / 2, y + (ROW - GAP) / 2 + 5, "Σ", LOOK.ink, "middle", 15).setAttribute("pointer-events", "none"); }
         cell.addEventListener("click", () => click(rank, chunk));
         cell.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); click(rank, chunk); } });
       }
       const scale = (W - BAR - 60) / Math.max(goal * 1.5, most);
-      shape("rect", { x: BAR, y: y + 6, width: Math.max(0.5, (sent[rank] / n) * scale), height: ROW - GAP - 12, fill: LOOK.kinds.communication }, svg);
+      shape("rect", { x: BAR, y: y + 6, width: Math.max(0.5, (sent[rank] / n) * scale), height: ROW - GAP - 12, fill: LOOK.faint }, svg);
       text(BAR + (sent[rank] / n) * scale + 6, y + 23, plain(sent[rank] / n), LOOK.ink, "start");
-      shape("line", { x1: BAR + goal * scale, x2: BAR + goal * scale, y1: y, y2: y + ROW - GAP, stroke: LOOK.ink, "stroke-dasharray": "3 3" }, svg);
     }
-    const scale = (W - BAR - 60) / Math.max(goal * 1.5, most);
-    text(BAR + goal * scale, TOP + n * ROW + 8, `2 (n − 1) / n = ${plain(goal)}`);
     if (focused >= 0) svg.querySelectorAll("g")[focused]?.focus();
     const finished = done(held);
     said.textContent = finished
-      ? `Everybody has every sum. The most that one rank sent: ${plain(most)} times its numbers; ` + (most <= goal + 1e-9 ? "nobody can do with less." : `the dashed line, 2 (n − 1) / n = ${plain(goal)}, can be kept.`)
+      ? `Everybody has every sum. The most that one rank sent: ${plain(most)} times its numbers; ` + (most <= goal + 1e-9 ? "nobody can do with less." : "it can be done with less.")
       : words;
     said.style.fontWeight = finished ? "bold" : "normal";
   }
@@ -86,7 +83,8 @@ function render({ model, el }) {
     const along = moves.length === whole * n && JSON.stringify(moves) === JSON.stringify(ring.slice(0, whole).flat());
     const step = along && whole < ring.length ? whole : 0;
     chosen = null;
-    words = step < n - 1 ? `Step ${step + 1} of the ring: each sends a chunk to the right, where it is added.` : `Step ${step + 1}: each sends a sum to the right.`;
+    const anew = step === 0 && moves.length ? "The ring starts anew. " : "";
+    words = anew + (step < n - 1 ? `Step ${step + 1} of the ring: each sends a chunk to the right, where it is added.` : `Step ${step + 1}: each sends a sum to the right.`);
     moved([...(step ? moves : []), ...ring[step]]);
   }
   button(line, "undo", "take the last send back", () => { chosen = null; words = "Taken back."; moved(model.get("moves").slice(0, -1)); });
