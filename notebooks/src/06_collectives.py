@@ -180,7 +180,8 @@ sums = ranks.run(own_order)
 agree.reveal(
     1,
     f"1e8 + 1 - 1e8 + 1 is 2. The ranks have {', '.join(f'{each:g}' for each in sums)}: beside 1e8 a "
-    "float32 has no room for 1, and when it is lost depends on the order. Ranks that differ may choose different "
+    "float32 has no room for 1, and when it is lost depends on the order. "
+    "Ranks that differ may choose different "
     "tokens, and nobody notices. So all-reduces add in one order everywhere: in a ring each chunk is "
     "added up once, and the sum goes round; over shared memory all do the same additions.",
 )

@@ -230,8 +230,8 @@ print("the same tokens:", runs[0][0].token_ids == runs[0][1].token_ids)
 token.reveal(
     ms[0] / ms[1],
     f"{ms[0]:.0f} ms a token, and {ms[1]:.0f}. Decoding reads (lesson 01), and the cores of this "
-    "machine read through one memory bus: two readers gain little or nothing, and sums are on top. Where "
-    "every device has a memory of its own, and a fast link, large models gain: see the what-if below.",
+    "machine read through one memory bus: two readers gain little or nothing, and sums are on top. "
+    "Where every device has a memory of its own, and a fast link, large models gain: see below.",
 )
 
 # %% [markdown]
@@ -257,10 +257,10 @@ cache = {name: replace(run, memory=[each for each in run.memory if each.category
 room.reveal(
     fit[2] / fit[0],
     f"{fit[0]:,} tokens on one device, {fit[1]:,} on two ranks, {fit[2]:,} on four. Of two ranks the "
-    "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice; more than three "
-    "ranks buy no more. (vLLM and SGLang copy KV heads too, but evenly; 9 heads on 2 or 4 they refuse.)",
+    "fuller has 2 of the 3 KV heads. Of four each has one, and one head is there twice; more than "
+    "three buy no more. (vLLM and SGLang copy KV heads too, but evenly; 9 on 2 or 4 they refuse.)",
     draw_memory(cache, "Nobody can have half a KV head: from three ranks on, more do not help",
-                "measured · the most that was cached at a time, of the same prompts · SmolLM2-135M float32"),
+                "measured · the most that was cached at a time, same prompts · SmolLM2-135M float32"),
     how="counted",
 )
 

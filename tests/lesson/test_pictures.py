@@ -418,7 +418,7 @@ def test_slices_over_devices_stop_helping_where_sums_cost_more() -> None:
         for link in ("NVLink 3", "1 Gbit/s")
     }
     assert said["NVLink 3"].startswith("16 devices are fastest")
-    assert said["1 Gbit/s"].startswith("One device is fastest; two take ")
+    assert said["1 Gbit/s"].startswith("One device is fastest; 2 take ")
 
 
 def test_the_key_of_several_runs_names_the_colours_of_all() -> None:

@@ -151,9 +151,10 @@ ARGMAX = RanksExercise(
     unit="bytes from each rank",
     starter='''\
 def argmax(comm, logits):
-    """The number of the likeliest of all words, on every rank. Rank r has the logits of words 5 r to 5 r + 4.
+    """The number of the likeliest of all words, on every rank.
 
-    comm.all_gather(tensor of [1, n]) returns [size, n]. Target: two numbers from each rank.
+    Rank r has the logits of words 5 r to 5 r + 4. comm.all_gather(tensor of [1, n]) returns
+    [size, n]. Target: two numbers from each rank.
     """
     whole = comm.all_gather(torch.tensor([logits]))  # MEND (about 4 lines): nobody needs all of them
     return int(whole.argmax())
@@ -230,11 +231,12 @@ HEADS = Exercise(
     unit="query heads on the busiest rank",
     starter='''\
 def heads(query_heads, kv_heads, ranks):
-    """For each rank ([its KV heads], [its query heads]). Each KV head serves a group of neighbouring query heads.
+    """For each rank ([its KV heads], [its query heads]).
 
-    Every query head is computed once, on a rank that caches its KV head. No KV head is cached twice,
-    unless there are more ranks than KV heads: then a rank caches one, and the ranks that cache the
-    same one share its group. Target: the busiest rank has as few query heads as can be.
+    Each KV head serves a group of neighbouring query heads. Every query head is computed once, on
+    a rank that caches its KV head. No KV head is cached twice, unless there are more ranks than KV
+    heads: then a rank caches one, and the ranks that cache the same one share its group.
+    Target: the busiest rank has as few query heads as can be.
     """
     group = query_heads // kv_heads
     parts = [([], []) for _ in range(ranks)]
