@@ -110,8 +110,8 @@ cuts.reveal(
 # %%
 from minillm.viz.whatif import WhatIf
 
-WhatIf(draw_block, "What if W and V were cut another way?",
-       first=["rows", "columns"], second=["columns", "rows"], ranks=[2, 4])
+WhatIf(lambda W, V, ranks: draw_block(W, V, ranks), "What if W and V were cut another way?",
+       W=["rows", "columns"], V=["columns", "rows"], ranks=[2, 4])
 
 # %% [markdown]
 # (SmolLM2's MLP has two such `W`, gate and up. Both are cut by columns, so that nothing changes.)

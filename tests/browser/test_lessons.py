@@ -346,6 +346,8 @@ def test_lesson_07(browser: Any, lab: str) -> None:
     ask = page.locator(".minillm-card", has_text="Cut W and V how")
     assert "Columns of W give" not in ask.first.inner_text() + ask.last.inner_text()
     ask.first.locator("button", has_text="W by columns, V by rows").click()
+    assert "Columns of W give" not in ask.last.inner_text()
+    ask.first.locator("button", has_text="That is my guess").click()
     assert "Columns of W give" in ask.last.inner_text()
     assert ask.last.locator("img").is_visible()
     guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as fast do two ranks read"), 0.6)
