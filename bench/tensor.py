@@ -132,15 +132,20 @@ def prefill(one: LLM) -> dict[str, Any]:
     return figures
 
 
-def even(_: LLM) -> dict[str, Any]:
-    """The same products with 12 query and 4 KV heads of 48, so that both ranks have as much; random weights, 12 layers."""
+def _random_model(scratch: str, hidden: int, layers: int, heads: int) -> Path:
+    """A checkpoint of random weights with 4 KV heads."""
     shape = {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "hidden_size": hidden, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": 4, "max_position_embeddings": 1024, "vocab_size": 258,
     }  # fmt: skip
+    return make_checkpoint(Path(scratch) / "model", **shape)
+
+
+def even(_: LLM) -> dict[str, Any]:
+    """The same products with 12 query and 4 KV heads of 48, so that both ranks have as much; random weights, 12 layers."""
     options = EngineOptions(max_step_tokens=512)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_checkpoint(Path(scratch) / "model", **shape)
+        folder = _random_model(scratch, hidden=576, layers=12, heads=12)
         with (
             LLM(folder, device="cpu", dtype="float32", options=options) as single,
             LLM(folder, layout="tp=2", device="cpu", dtype="float32", options=options) as pair,
@@ -195,13 +200,9 @@ def dtensor(_: LLM) -> dict[str, Any]:
     """A random model of 8 layers of 512, a prompt of 128 tokens and 24 more, on two ranks: ours beside parallelize_module."""
     from dtensor import generate, set_up
 
-    shape = {
-        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "max_position_embeddings": 512, "vocab_size": 258,
-    }  # fmt: skip
     prompt = torch.randint(0, 256, (128,), generator=torch.Generator().manual_seed(2)).tolist()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_checkpoint(Path(scratch) / "model", **shape)
+        folder = _random_model(scratch, hidden=512, layers=8, heads=8)
         with (
             Ranks(2, device="cpu", timeout_s=60) as ranks,
             Ranks(2, device="cpu", timeout_s=60, shared_memory=False) as slow,

@@ -56,6 +56,11 @@ ALGORITHMS: dict[str, Callable[[int, float, Link], float]] = {
 }
 
 
+def ring_share(name: str, count: int) -> float:
+    """What each rank sends in a ring, in times all the numbers that are summed or gathered."""
+    return {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}[name] * (count - 1) / count
+
+
 def sent_share(name: str, count: int) -> float:
     """What the busiest rank sends by the ring or by one-shot, in times its own numbers."""
-    return {"ring": 2 * (count - 1) / count, "one-shot": float(count - 1)}[name]
+    return {"ring": ring_share("all_reduce", count), "one-shot": float(count - 1)}[name]

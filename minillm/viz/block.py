@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from minillm.parallel.layout import share
+from minillm.trace.collectives import ring_share
 from minillm.viz.style import ACTIVATIONS, COMMUNICATION, FAINT, INK, WEIGHTS, frame, legend, new_figure
 from minillm.viz.words import bytes_text
 
@@ -25,8 +26,8 @@ class Sending:
     numbers: int
 
     def sent(self, ranks: int) -> float:
-        """Numbers that each rank sends, by a ring (`trace/collectives.py`)."""
-        return {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}[self.name] * self.numbers * (ranks - 1) / ranks
+        """Numbers that each rank sends, by a ring."""
+        return self.numbers * ring_share(self.name.replace("-", "_"), ranks)
 
 
 def sendings(first: Cut, second: Cut, hidden: int, wide: int) -> tuple[Sending | None, Sending]:

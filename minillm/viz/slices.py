@@ -79,7 +79,7 @@ def draw_slices(device: Device, link: Link, config: ModelConfig, dtype: str, loa
             row, time.summed_s * scale, left=time.computed_s * scale, height=0.62, **looks or {"color": COMMUNICATION}
         )
         beside = _beside(times[least], time) if least is not None and time.fits and row != least else ""
-        said = f"{plain(_three_digits(time.total_s * scale))} {unit}{beside}" if time.fits else "does not fit"
+        said = f"{plain(time.total_s * scale)} {unit}{beside}" if time.fits else "does not fit"
         place = axis.annotate(
             said, (time.total_s * scale, row), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5
         )
@@ -113,8 +113,8 @@ def _finding(counts: list[int], times: list[StepTime]) -> str:
         if least == len(times) - 1:
             return f"{who} all there is"
         slower = times[least + 1].total_s / times[least].total_s
-        return f"{who} fastest; {counts[least + 1]} take {plain(_three_digits(slower))} times as long"
-    said = f"{counts[best]} devices are fastest, {plain(_three_digits(gain))} times as fast as {few}"
+        return f"{who} fastest; {counts[least + 1]} take {plain(slower)} times as long"
+    said = f"{counts[best]} devices are fastest, {plain(gain)} times as fast as {few}"
     if best == len(times) - 1:
         return f"{said}; sums are {times[best].summed_s / times[best].total_s:.0%} of their time"
     return f"{said}; with more, sums cost more than they save"
@@ -122,8 +122,4 @@ def _finding(counts: list[int], times: list[StepTime]) -> str:
 
 def _beside(one: StepTime, many: StepTime) -> str:
     gain = one.total_s / many.total_s
-    return f", {plain(_three_digits(gain))} × as fast" if gain >= 1 else f", {plain(_three_digits(1 / gain))} × as long"
-
-
-def _three_digits(number: float) -> float:
-    return float(f"{number:.3g}")
+    return f", {plain(gain)} × as fast" if gain >= 1 else f", {plain(1 / gain)} × as long"

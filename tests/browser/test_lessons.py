@@ -173,14 +173,22 @@ def test_lesson_01(browser: Any, lab: str) -> None:
 everything = pytest.mark.skipif(not os.environ.get("MINILLM_ALL_LESSONS"), reason="a longer run: make soak")
 
 
-def choose(page: Any, card: Any, label: str, value: str) -> float:
-    """Seconds until a what-if has drawn again for another choice."""
+def choose(page: Any, card: Any, label: str, value: str, place: int = 0) -> float:
+    """Seconds until a what-if has drawn again for another choice, in the `place`-th list that has it."""
     read = "(label) => [...document.querySelectorAll('.minillm-card')].find((e) => e.innerText.includes(label)).querySelector('img').src"
     before = page.evaluate(read, label)
     began = time.monotonic()
-    card.locator("select", has_text=value).select_option(value)
+    card.locator("select", has_text=value).nth(place).select_option(value)
     page.wait_for_function(f"([label, before]) => ({read})(label) !== before", arg=[label, before], timeout=5000)
     return time.monotonic() - began
+
+
+def turn(page: Any, label: str, *values: str) -> Any:
+    """Choose one value after another in a what-if, and say how long each took; returns the what-if."""
+    card = page.locator(".minillm-card", has_text=label)
+    for value in values:
+        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    return card
 
 
 def guess_a_factor(page: Any, ask: Any, share: float) -> None:
@@ -200,10 +208,7 @@ def test_lesson_02(browser: Any, lab: str) -> None:
     run_all(page, "02")
     ask = page.locator(".minillm-card", has_text="How many times longer do static batches take")
     guess_a_factor(page, ask, 0.7)
-    label = "Which curve wins, and where does it bend?"
-    card = page.locator(".minillm-card", has_text=label)
-    for value in ("H100", "all of 16 tokens", "Llama-3.1-8B"):
-        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    card = turn(page, "Which curve wins, and where does it bend?", "H100", "all of 16 tokens", "Llama-3.1-8B")
     card.locator("select", has_text="T4").select_option("T4")
     page.wait_for_function("document.body.innerText.includes('they do not fit')")
     page.screenshot(path=SHOTS / "02-moved.png")
@@ -232,10 +237,7 @@ def test_lesson_03(browser: Any, lab: str) -> None:
     assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
     ask.first.locator("button", has_text="Skip").click()
     assert "Measured: 19.5 %" in ask.last.inner_text()  # counts, so the same everywhere
-    label = "How many sequences fit beside the weights?"
-    card = page.locator(".minillm-card", has_text=label)
-    for value in ("H200", "documents that fill the context", "Llama-3.1-8B"):
-        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    turn(page, "How many sequences fit beside the weights?", "H200", "documents that fill the context", "Llama-3.1-8B")
     page.screenshot(path=SHOTS / "03-moved.png")
     assert page.broken == []
     page.close()
@@ -251,10 +253,7 @@ def test_lesson_04(browser: Any, lab: str) -> None:
     lost = page.locator(".minillm-card", has_text="once without layer 8")
     lost.first.locator("button", has_text="skip").click()
     assert "Without 8:" in lost.last.inner_text()
-    label = "How many devices does it take?"
-    card = page.locator(".minillm-card", has_text=label)
-    for value in ("T4", "Llama-3.1-8B", "1 Gbit/s", "H200", "SmolLM2-135M"):
-        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    turn(page, "How many devices does it take?", "T4", "Llama-3.1-8B", "1 Gbit/s", "H200", "SmolLM2-135M")
     page.screenshot(path=SHOTS / "04-moved.png")
     assert page.broken == []
     page.close()
@@ -322,17 +321,17 @@ def test_lesson_06(browser: Any, lab: str) -> None:
     assert "rank 0's numbers would count twice" in board.inner_text()
     page.screenshot(path=SHOTS / "06-board.png", clip=board.bounding_box())
     board.locator("button", has_text="start again").click()
-    for _ in range(6):
+    for step in range(6):
+        if step == 3:  # rank 0 has all of chunk 1: its sign is in the middle, where one clicks
+            cell(0, 1).click()
+            assert "chunk 1 of rank 0: to which rank?" in board.inner_text()
         board.locator("button", has_text="the ring's next step").click()
     assert "The most that one rank sent: 1.5 times its numbers; nobody can do with less" in board.inner_text()
     ask = page.locator(".minillm-card", has_text="How many times its numbers does each of 64")
     assert "1.97" not in ask.first.inner_text() + ask.last.inner_text()
     ask.first.locator("button", has_text="skip").click()
     assert "Counted: 1.97 ×" in ask.last.inner_text()
-    label = "What does the sum after a block cost?"
-    card = page.locator(".minillm-card", has_text=label)
-    for value in ("1 Gbit/s", "T4", "NVLink 4"):
-        print(f"{value}: redrawn in {choose(page, card, label, value):.2f} s")
+    turn(page, "What does the sum after a block cost?", "1 Gbit/s", "T4", "NVLink 4")
     page.screenshot(path=SHOTS / "06-moved.png")
     assert page.broken == []
     page.close()
@@ -351,21 +350,12 @@ def test_lesson_07(browser: Any, lab: str) -> None:
     assert "Columns of W give" in ask.last.inner_text()
     assert ask.last.locator("img").is_visible()
     guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as fast do two ranks read"), 0.6)
-    for label, values in (
-        ("What if W and V were cut another way?", ("rows", "columns")),
-        ("How many devices for a step?", ("prefill, 2,048 tokens", "1 Gbit/s", "SmolLM2-135M", "T4")),
-    ):
-        card = page.locator(".minillm-card", has_text=label)
-        for value in values:
-            select = card.locator("select", has_text=value)
-            place = 1 if select.count() > 1 and value == "rows" else 0
-            before = card.locator("img").get_attribute("src")
-            began = time.monotonic()
-            select.nth(place).select_option(value)
-            card.locator(f'img:not([src="{before}"])').wait_for(timeout=5000)
-            print(f"{value}: redrawn in {time.monotonic() - began:.2f} s")
-        card.scroll_into_view_if_needed()
-        page.wait_for_timeout(500)
-        page.screenshot(path=SHOTS / f"07-{values[0][:4]}.png")
+    label = "What if W and V were cut another way?"
+    cuts = page.locator(".minillm-card", has_text=label)
+    for value, place in (("rows", 1), ("columns", 0)):
+        print(f"{value}: redrawn in {choose(page, cuts, label, value, place):.2f} s")
+    cuts.screenshot(path=SHOTS / "07-cuts.png")
+    card = turn(page, "How many devices for a step?", "prefill, 2,048 tokens", "1 Gbit/s", "SmolLM2-135M", "T4")
+    card.screenshot(path=SHOTS / "07-moved.png")
     assert page.broken == []
     page.close()
