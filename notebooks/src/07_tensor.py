@@ -39,7 +39,7 @@ two = LLM(layout="tp=2", dtype="float32", ranks=ranks)
 question = two.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
 
 # %% [markdown]
-# Two processes hold half of every layer each. One question: watch who works when. (Lesson 04 had a staircase here.)
+# Two processes share every layer. One question: watch who works when. (Lesson 04 had a staircase here.)
 
 # %%
 from minillm.viz.live import Timeline
@@ -214,7 +214,7 @@ prompt.reveal(
 )
 
 # %% [markdown]
-# Now the tokens that follow. Each rank reads half of the weights for a token, and computes half.
+# Now the tokens that follow. Each rank reads about half of the weights for a token, and computes about half.
 
 # %%
 token = Predict("07.token", "How many times as fast does a token come from two ranks?", "×", 0.1, 10)
