@@ -70,7 +70,7 @@ def _add_model(options: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     options.add_argument(
-        "--layout", default="", metavar="TEXT", help="such as pp=2, pp=9+9+12 or tp=2 (default: one device)"
+        "--layout", default="", metavar="TEXT", help="such as pp=2, pp=9+9+12, tp=2 or dp=2,tp=2 (default: one device)"
     )
 
 
@@ -113,16 +113,25 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument(
         "--sum-chunks", type=int, default=1, metavar="N", help="parts of a long prompt's sums (default 1)"
     )
+    options.add_argument(
+        "--router",
+        default="least-tokens",
+        metavar="NAME",
+        help="of replicas: round-robin, least-tokens (default) or prefix-aware",
+    )
     options.add_argument("--continuous", action=switch, default=True, help="requests join while others run")
     options.add_argument("--chunked-prefill", action=switch, default=True, help="prompts are cut to the step's budget")
     options.add_argument("--preemption", action=switch, default=True, help="blocks may be taken back")
     options.add_argument("--prefix-reuse", action=switch, default=prefix_reuse, help="equal beginnings share blocks")
 
 
-def _engine_options(options: argparse.Namespace) -> Any:
+def _served(options: argparse.Namespace) -> Any:
+    """The model with the engine that the options ask for."""
+    from minillm.llm import LLM
     from minillm.policy.options import EngineOptions
 
-    return EngineOptions(**{field.name: getattr(options, field.name) for field in fields(EngineOptions)})
+    engine = EngineOptions(**{field.name: getattr(options, field.name) for field in fields(EngineOptions)})
+    return LLM(options.model, options.layout, options.device, options=engine, router=options.router)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
@@ -194,7 +203,6 @@ def _arrivals(options: argparse.Namespace) -> list[Any]:
 def bench(options: argparse.Namespace) -> int:
     """Drive the engine with requests that arrive at random, and report what users would feel."""
     from minillm.hardware.machine import machine
-    from minillm.llm import LLM
     from minillm.load import drive
     from minillm.trace.metrics import SLO, Report
     from minillm.trace.workload import fit
@@ -203,11 +211,11 @@ def bench(options: argparse.Namespace) -> int:
         raise ValueError("an SLO has two sides: give both --slo-ttft and --slo-tpot")
     slo = SLO(options.slo_ttft, options.slo_tpot) if options.slo_ttft is not None else None
     drawn = _arrivals(options)
-    with LLM(options.model, options.layout, options.device, options=_engine_options(options)) as llm:
+    with _served(options) as llm:
         arrivals = fit(drawn, options.scale, llm.config.max_positions)
         report = Report.of(drive(llm, arrivals, options.seed).lives, slo)
     if options.json:
-        where = {"layout": str(llm.layout), "device": llm.device.type}
+        where = {"layout": str(llm.layout), "router": options.router, "device": llm.device.type}
         about = {"model": llm.folder.name, **where, "engine": vars(llm.options), **machine()}
         print(json.dumps({**about, **report.as_dict()}, indent=1))
     else:
@@ -219,10 +227,9 @@ def bench(options: argparse.Namespace) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Answer HTTP requests until interrupted."""
-    from minillm.llm import LLM
     from minillm.serve.app import serve as run
 
     key = options.api_key or os.environ.get("MINILLM_API_KEY")
-    with LLM(options.model, options.layout, options.device, options=_engine_options(options)) as llm:
+    with _served(options) as llm:
         run(llm, options.host, options.port, key, options.max_queue)
     return 0

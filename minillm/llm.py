@@ -24,11 +24,13 @@ from minillm.model.placement import choose_device, choose_dtype, one_thread
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
+from minillm.parallel.data import Replicas, start_pools, start_replicas
 from minillm.parallel.instance import Instance, RemoteEngine
 from minillm.parallel.layout import Layout
 from minillm.parallel.member import score
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
+from minillm.policy.router import Router, make_router
 from minillm.ranks.pool import Ranks
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Span, Trace
@@ -38,10 +40,11 @@ class LLM:
     """A language model ready to answer.
 
     `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
-    in this process; "pp=2" (stages), "tp=2" (slices of every layer) and "pp=2,tp=2" run on ranks that it starts, or on the
-    `ranks` given. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16"
-    or None for float32 on a CPU and the checkpoint's own on a GPU. `options` are the engine's limits and switches. Raises
-    `ValueError` in one line for whatever cannot be.
+    in this process; "pp=2" (stages), "tp=2" (slices of every layer), "dp=2" (replicas) and all of them together run on ranks
+    that it starts, or on the `ranks` given: with dp a list, one `Ranks` for each replica. `device` is "cpu", "cuda" or None
+    for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16" or None for float32 on a CPU and the checkpoint's
+    own on a GPU. `options` are the engine's limits and switches; `router` says which replica gets a request: "round-robin",
+    "least-tokens", "prefix-aware", or a class of your own. Raises `ValueError` in one line for whatever cannot be.
     """
 
     def __init__(
@@ -51,22 +54,23 @@ class LLM:
         device: str | None = None,
         dtype: str | None = None,
         options: EngineOptions | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks | Sequence[Ranks] | None = None,
+        router: str | type[Router] = "least-tokens",
     ) -> None:
         self.options = _options(options)
         self.layout = Layout.parse(layout)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
-        if self.layout != Layout(pp=self.layout.pp, tp=self.layout.tp, stages=self.layout.stages):
-            raise ValueError(
-                f"layout {str(self.layout)!r} is not built yet: this version runs one device, '', 'pp=…' and 'tp=…'"
-            )
+        if self.layout.cp > 1:
+            raise ValueError(f"layout {str(self.layout)!r}: cp is not built yet; use dp, pp and tp")
+        self.router = router
+        make_router(router, self.layout.dp)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, self.config.dtype)
         self.tokenizer = Tokenizer(self.folder)
         self.intake = Intake(self.config, self.tokenizer)
-        self._started: Ranks | None = None  # by this LLM, which ends them
+        self._started: list[Ranks] = []  # by this LLM, which ends them
         self._owns = True  # the weights; its twins of other options do not
         if self.layout.world_size == 1:
             _refuse_ranks(ranks)
@@ -75,7 +79,7 @@ class LLM:
             pack(self.model)
         else:
             check_names(self.config, self.folder)
-            self.instance = self._on_ranks(ranks)
+            self.instances = self._on_ranks(ranks)
         self.next_id = 0  # of requests, from 0 in every trace
         self.trace = Trace()
         self.timing = True  # False leaves the clocks out of the spans of `trace`; counts stay
@@ -182,11 +186,13 @@ class LLM:
         with one_thread(), recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
             return self.model(Batch((Chunk(0, 0, tuple(token_ids), (0,)),)), cache, every_row=True)
 
-    def with_options(self, options: EngineOptions) -> LLM:
-        """The same weights under an engine of its own, with other limits and switches."""
+    def with_options(self, options: EngineOptions | None = None, router: str | type[Router] | None = None) -> LLM:
+        """The same weights under an engine of its own, with other limits and switches, or another router."""
         twin = copy.copy(self)
         twin.__dict__.pop("engine", None)
-        twin.options, twin.trace, twin._started, twin._owns = _options(options), Trace(), None, False
+        twin.options, twin.trace, twin._started, twin._owns = _options(options or self.options), Trace(), [], False
+        twin.router = router or self.router
+        make_router(twin.router, twin.layout.dp)
         twin._check_open()
         return twin
 
@@ -194,12 +200,12 @@ class LLM:
         """Let go of the weights and the KV cache, and end the ranks that it started."""
         engine = self.__dict__.pop("engine", None)
         self.__dict__.pop("model", None)
-        instance = self.__dict__.pop("instance", None)
-        if self._started is not None:
-            self._started.close()
-        elif isinstance(engine, RemoteEngine):
+        instances = self.__dict__.pop("instances", [])
+        if isinstance(engine, Replicas) or (isinstance(engine, RemoteEngine) and not self._started):
             engine.close()
-        if instance is not None and self._owns:
+        for ranks in self._started:
+            ranks.close()
+        for instance in instances if self._owns else []:
             instance.close()
 
     def __repr__(self) -> str:
@@ -212,24 +218,32 @@ class LLM:
         self.close()
 
     @cached_property
-    def engine(self) -> Engine | RemoteEngine:
+    def engine(self) -> Engine | RemoteEngine | Replicas:
         """What serves the requests; it and its KV cache stay between calls."""
         self._check_open()
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
+        if self.layout.dp > 1:
+            return Replicas(self.instances, self.options, recorder, make_router(self.router, self.layout.dp))
         if self.layout.world_size > 1:
             return RemoteEngine(self.instance, self.options, recorder)
         return Engine(LocalRunner(self.model, self.options), self.options, recorder)
 
-    def _on_ranks(self, ranks: Ranks | None) -> Instance:
+    @property
+    def instance(self) -> Instance:
+        """The weights on ranks; with replicas, the first one's."""
+        return self.instances[0]
+
+    def _on_ranks(self, ranks: Ranks | Sequence[Ranks] | None) -> list[Instance]:
         """The weights on the ranks given, or on ranks of its own, which end with it."""
         if ranks is None:
-            ranks = self._started = Ranks(self.layout.world_size, device=self.device.type)
+            ranks = self._started = start_pools(self.layout, self.device.type)
+        pools = [ranks] if isinstance(ranks, Ranks) else list(ranks)
         try:
-            return Instance(ranks, self.folder, self.layout, self.device, self.dtype)
+            return start_replicas(self.folder, self.layout, self.device, self.dtype, pools)
         except BaseException:
-            if self._started is not None:
-                self._started.close()
+            for pool in self._started:
+                pool.close()
             raise
 
     def _score_on_ranks(self, token_ids: list[int]) -> torch.Tensor:
@@ -292,7 +306,7 @@ class LLM:
         return Recorder(timing=self.timing, **about, **options)
 
     def _check_open(self) -> None:
-        if not hasattr(self, "model" if self.layout.world_size == 1 else "instance"):
+        if ("model" if self.layout.world_size == 1 else "instances") not in self.__dict__:
             raise ValueError("this LLM is closed: make a new one with LLM(…)")
 
 
@@ -302,7 +316,7 @@ def _options(options: EngineOptions | None) -> EngineOptions:
     return options or EngineOptions()
 
 
-def _refuse_ranks(ranks: Ranks | None) -> None:
+def _refuse_ranks(ranks: Ranks | Sequence[Ranks] | None) -> None:
     if ranks is not None:
         raise ValueError(
             "layout '' runs in this process: leave ranks= out, or say how to use them, such as layout='pp=2'"

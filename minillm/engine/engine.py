@@ -19,7 +19,7 @@ from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.scheduler import Scheduler
-from minillm.trace.life import Event
+from minillm.trace.life import LOST_BLOCKS, Event
 from minillm.trace.recorder import Recorder
 
 
@@ -77,7 +77,8 @@ class Engine:
             request.scheduled.arrival_s = when
             self.scheduler.add(request.scheduled)
             self._enter(request)
-            request.life.note(Event.ARRIVED, when)
+            if not request.life.moments:  # else another engine has begun it
+                request.life.note(Event.ARRIVED, when)
 
     def run(self) -> Iterator[Piece]:
         """Step until every request has finished; yields what each step added."""
@@ -115,7 +116,7 @@ class Engine:
             last = request.life.moments[-1][0]
             if last is Event.ARRIVED:
                 request.life.reused_tokens = chunk.start
-            if last in (Event.ARRIVED, Event.PREEMPTED):
+            if last is Event.ARRIVED or last in LOST_BLOCKS:
                 request.life.note(Event.STARTED, now)
         self._note_cache()
         draws = tuple(self._draws(chunk) for chunk in batch.chunks if chunk.samples)

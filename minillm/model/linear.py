@@ -39,14 +39,24 @@ class Linear(nn.Linear):
 
     def pack(self) -> None:
         """Keep the weight in oneDNN's own order from now on. Does nothing where that is switched off or not possible."""
-        if self.packed and self._on_cpu():
+        if self.can_pack:
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data)
             self.weight = nn.Parameter(packed, requires_grad=False)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether it is switched on, and possible."""
+        return self.packed and self._on_cpu()
 
     def _on_cpu(self) -> bool:
         """Whether oneDNN multiplies this weight: float32 on a CPU that it knows."""
         plain = self.weight
-        return plain.device.type == "cpu" and plain.dtype is torch.float32 and torch.backends.mkldnn.is_available()
+        return (
+            not plain.is_mkldnn
+            and plain.device.type == "cpu"
+            and plain.dtype is torch.float32
+            and torch.backends.mkldnn.is_available()
+        )
 
 
 def multiply_packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -67,10 +77,15 @@ def multiply_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 def pack(model: nn.Module) -> None:
     """Pack every `Linear` of a model, except one whose weight another module uses too (a tied LM head)."""
+    for module in packable(model):
+        module.pack()
+
+
+def packable(model: nn.Module) -> list[Linear]:
+    """The layers that `pack` packs."""
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
-    for module in model.modules():
-        if isinstance(module, Linear) and users[id(module.weight)] == 1:
-            module.pack()
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    return [linear for linear in linears if users[id(linear.weight)] == 1 and linear.can_pack]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -36,6 +36,7 @@ from minillm.parallel.member import (
     serve,
     unload,
 )
+from minillm.parallel.sharing import SharedWeights
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
@@ -46,6 +47,7 @@ from minillm.ranks.pool import Ranks
 from minillm.ranks.signals import uninterrupted
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
+from minillm.trace.trace import MemorySample
 
 WAIT_S = 0.05
 _numbers = count(1)  # of instances and engines, unique in this process
@@ -54,23 +56,15 @@ _numbers = count(1)  # of instances and engines, unique in this process
 class Instance:
     """The weights of a checkpoint over `ranks`, as `layout` says. They are read at once, and again after a restart.
 
-    Raises `ValueError` for another number of ranks than the layout takes, and for ranks on another kind of `device`.
+    `shared` are the weights that replicas on this host have together. Raises `ValueError` for another number of ranks than
+    the layout takes, and for ranks on another kind of `device`.
     """
 
     def __init__(
-        self, ranks: Ranks, folder: Path, layout: Layout, device: torch.device, dtype: torch.dtype
+        self, ranks: Ranks, folder: Path, layout: Layout, device: torch.device, dtype: torch.dtype, shared: SharedWeights | None = None
     ) -> None:  # fmt: skip
-        if ranks.world_size != layout.world_size:
-            raise ValueError(
-                f"layout {str(layout)!r} takes {layout.world_size} ranks, but these are {ranks.world_size}: "
-                f"make Ranks({layout.world_size}), or leave ranks= out"
-            )
-        if ranks.backend.device_type != device.type:
-            raise ValueError(
-                f"these ranks compute on {ranks.backend.device_type}, not on {device.type}: "
-                f"pass device={ranks.backend.device_type!r}"
-            )
-        self.ranks, self.folder, self.layout, self.dtype = ranks, folder, layout, dtype
+        check_ranks(ranks, layout, device)
+        self.ranks, self.folder, self.layout, self.dtype, self.shared = ranks, folder, layout, dtype, shared
         self.name = f"instance {next(_numbers)}"
         self.opened: dict[int, int] = {}  # engines that the ranks hold, and the blocks of each
         self.forgotten: list[int] = []  # engines that nobody has any more
@@ -82,7 +76,7 @@ class Instance:
         """Have the weights on the ranks, and only the engines that somebody has."""
         self.ranks.start()
         if self._generation != self.ranks.generation:
-            self.loaded = self.ranks.run(load, self.name, self.folder, self.layout, self.dtype)
+            self.loaded = self.ranks.run(load, self.name, self.folder, self.layout, self.dtype, self.shared)
             self._generation = self.ranks.generation
             self.opened.clear()
         while self.forgotten:
@@ -97,31 +91,57 @@ class Instance:
 
     def drop(self, engine: int) -> None:
         """Let the ranks forget an engine."""
-        if engine in self.opened and self._on_ranks:
+        if engine in self.opened and self.alive:
             self.ranks.run(close_engine, self.name, engine)
         self.opened.pop(engine, None)
 
     def close(self) -> None:
         """Let the ranks forget the weights."""
-        if self._on_ranks:
+        if self.alive:
             self.ranks.run(unload, self.name)
         self._generation = -1
 
     @property
-    def _on_ranks(self) -> bool:
-        return bool(self.ranks.pids) and self._generation == self.ranks.generation
+    def alive(self) -> bool:
+        """Whether its ranks are there, with its weights."""
+        return self.ranks.alive and self._generation == self.ranks.generation
+
+
+def check_ranks(ranks: Ranks, layout: Layout, device: torch.device) -> None:
+    """Raise `ValueError` for ranks that cannot hold one replica of this layout, or compute elsewhere."""
+    size = layout.world_size // layout.dp
+    if ranks.world_size != size:
+        each = " for each replica" * (layout.dp > 1)
+        raise ValueError(
+            f"layout {str(layout)!r} takes {size} ranks{each}, but these are {ranks.world_size}: "
+            f"make Ranks({size}), or leave ranks= out"
+        )
+    if ranks.backend.device_type != device.type:
+        raise ValueError(
+            f"these ranks compute on {ranks.backend.device_type}, not on {device.type}: "
+            f"pass device={ranks.backend.device_type!r}"
+        )
 
 
 class RemoteEngine:
     """An engine on an instance's ranks, with the methods of `engine.Engine` that its users need.
 
-    A `RankError` fails every request that was under way.
+    A `RankError` fails every request that was under way or, without `fails`, leaves them in `lost`. Among replicas its ranks
+    are those from `first_rank` on.
     """
 
     def __init__(
-        self, instance: Instance, options: EngineOptions, recorder: Recorder, order: Order = first_come
-    ) -> None:  # fmt: skip
+        self,
+        instance: Instance,
+        options: EngineOptions,
+        recorder: Recorder,
+        order: Order = first_come,
+        first_rank: int = 0,
+        fails: bool = True,
+    ) -> None:
         self.instance, self.options, self.order = instance, options, order
+        self.first_rank, self.fails = first_rank, fails
+        self.lost: list[Request] = []
         self.number = next(_numbers)
         weakref.finalize(self, instance.forgotten.append, self.number)
         self.requests: dict[int, Request] = {}
@@ -152,7 +172,7 @@ class RemoteEngine:
     def record(self, recorder: Recorder, baton: bool = False) -> None:
         """Let `recorder` have what happens from the next call on; with `baton` one rank computes at a time."""
         self.recorder, self._fresh = recorder, True
-        self._baton = tempfile.NamedTemporaryFile(prefix="minillm-baton-") if baton else None  # noqa: SIM115
+        self.baton = tempfile.NamedTemporaryFile(prefix="minillm-baton-") if baton else None  # noqa: SIM115
 
     def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
         """Let requests wait that came at `arrived_s`, or now; all of them or, with a `ValueError` for one that can never
@@ -161,34 +181,55 @@ class RemoteEngine:
         for request in requests:
             self.check(request.scheduled)
         when = time.monotonic() if arrived_s is None else arrived_s
-        if self._call is None:
-            self.instance.open(self.number, self.options, self.order)
-        for request in with_twins(requests):
-            self.requests[request.request_id] = request
         for request in requests:
             request.life.note(Event.ARRIVED, when)
             self.recorder.trace.lives.append(request.life)
-        self._post(add([_added(request, when) for request in requests]))
+        self.take_over(requests)
 
-    def step(self) -> list[Piece]:
+    def take_over(self, requests: Sequence[Request]) -> None:
+        """Let requests wait that have arrived, and whose lives are recorded; another engine may have begun them. What they were
+        given stays theirs.
+        """
+        for request in requests:
+            for each in [request] if request.token_ids else [request, *request.twins]:
+                self.requests[each.request_id] = each
+                each.life.rank = self.first_rank
+        with self._or_lost():
+            if self._call is None:
+                self.instance.open(self.number, self.options, self.order)
+            self._post(add([_added(request) for request in requests]))
+
+    def step(self, wait_s: float = WAIT_S) -> list[Piece]:
         """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""
-        if self._call is None:
-            self._begin()
-        self._poll(WAIT_S)
-        pieces, self._pieces = self._pieces, []
+        self.begin()
+        self._poll(wait_s)
         if self._trouble is not None:
             trouble, self._trouble = self._trouble, None
             raise trouble
+        return self.taken()
+
+    def taken(self) -> list[Piece]:
+        """The pieces that no step has returned yet."""
+        pieces, self._pieces = self._pieces, []
         return pieces
+
+    @property
+    def sources(self) -> list[Any]:
+        """What `multiprocessing.connection.wait` can wait for until a step has something to take."""
+        return self._call.sources if self._call is not None else []
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End requests that have not ended yet; their blocks are free when the batches they are in are back."""
         going = [request for request in with_twins(requests) if request.finish_reason is None]
         for request in going:
             request.cancel(time.monotonic())
-            self.requests.pop(request.request_id, None)
-        if going and self.instance.ranks.pids:
-            self._post(cancel([request.request_id for request in going]))
+        self.drop(going)
+
+    def drop(self, requests: Iterable[Request]) -> None:
+        """Serve requests no more that are served here; the others do not matter."""
+        mine = [request.request_id for request in requests if self.requests.pop(request.request_id, None)]
+        if mine and self.instance.ranks.pids:
+            self._post(cancel(mine))
         if self._call is not None and not self.requests:
             with suppress(RankError):  # nobody is left whom it concerns; the ranks start anew
                 self._poll(0.0)
@@ -199,13 +240,15 @@ class RemoteEngine:
         self.cancel(list(self.requests.values()))
         self.instance.drop(self.number)
 
-    def _begin(self) -> None:
-        """Let the ranks serve until there is nothing left to do."""
+    def begin(self) -> None:
+        """Let the ranks serve until there is nothing left to do, if they do not yet."""
+        if self._call is not None:
+            return
         recording = Recording(
             self._fresh, self.recorder.timing, self.recorder.activations, self.recorder.details, self.recorder.on_span is not None,
-            self._baton.name if self._baton else None,
+            self.baton.name if self.baton else None,
         )  # fmt: skip
-        with uninterrupted():
+        with self._or_lost(), uninterrupted():
             self._fresh = False
             self._call = self.instance.ranks.begin(
                 serve, self.instance.name, self.number, recording, on_event=self._hear
@@ -214,20 +257,31 @@ class RemoteEngine:
     def _poll(self, timeout_s: float) -> None:
         """Take what has come; when nothing is left to do, the last of what the ranks have recorded too."""
         assert self._call is not None
-        try:
+        with self._or_lost():
             over = self._call.poll(timeout_s)
             if not over and not self.requests:
                 self._call.result()
                 over = True
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
-            self._fail()
-            raise
         if over:
             self._call = None
             self.recorder.trace.spans.sort(key=lambda span: span.end_s)
             self.recorder.trace.memory.sort(key=lambda sample: sample.time_s)
+
+    @contextmanager
+    def _or_lost(self) -> Iterator[None]:
+        """When this fails, the instance is lost, and with it its requests."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self._call, self.load = None, Load(0, 0, 0, self.num_blocks)
+            lost, self.requests = list(self.requests.values()), {}
+            if self.fails:
+                self._fail(lost)
+            else:
+                self.lost += lost
+            raise
 
     def _post(self, message: Message) -> None:
         self.instance.ranks.post(0, (self.number, message))
@@ -235,10 +289,10 @@ class RemoteEngine:
     def _hear(self, rank: int, event: Any) -> None:
         """What a rank has to tell: spans and memory, or tokens."""
         if isinstance(event, Seen):
-            self.recorder.trace.memory.extend(event.memory)
+            self.recorder.trace.memory.extend(self._placed(each) for each in event.memory)
             for span in event.spans:
                 try:
-                    self.recorder.add(span)
+                    self.recorder.add(self._placed(span))
                 except Exception as error:
                     self._trouble = error
             return
@@ -257,15 +311,29 @@ class RemoteEngine:
             if request.finish_reason is not None:
                 del self.requests[request.request_id]
 
-    def _fail(self) -> None:
-        """The instance is lost, and with it every request."""
-        self._call, self.load = None, Load(0, 0, 0, self.num_blocks)
-        self.failed = frozenset(self.requests)
-        for request in self.requests.values():
+    def _placed(self, seen: Any) -> Any:
+        """A span or sample with the number that its rank has among all replicas."""
+        if not self.first_rank:
+            return seen
+        if isinstance(seen, MemorySample):
+            return replace(seen, rank=seen.rank + self.first_rank)
+        peer = seen.peer + self.first_rank if seen.peer >= 0 else seen.peer
+        group = f"{seen.group} from {self.first_rank}" if seen.group else ""  # replicas number theirs alike
+        return replace(seen, rank=seen.rank + self.first_rank, peer=peer, group=group)
+
+    def _fail(self, requests: list[Request]) -> None:
+        """Give up what was under way."""
+        self.failed = frozenset(request.request_id for request in requests)
+        for request in requests:
             request.fail(time.monotonic())
-        self.requests.clear()
 
 
-def _added(request: Request, when: float) -> Added:
-    params = replace(request.params, seed=request.seed)
-    return Added(request.request_id, request.index, request.prompt, params, request.scheduled.priority, when)
+def _added(request: Request) -> Added:
+    """What an engine needs to serve a request, or to go on with it."""
+    arrived_s, given = request.life.first(Event.ARRIVED), tuple(request.token_ids)
+    params = replace(request.params, seed=request.seed, n=1 if given else request.params.n)
+    moments = tuple(request.life.moments)
+    return Added(
+        request.request_id, request.index, request.prompt, params, request.scheduled.priority, arrived_s, given, request.sample,
+        moments if len(moments) > 1 else (),
+    )  # fmt: skip

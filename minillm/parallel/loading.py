@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from minillm.model.weights import load_weights
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.pipeline import Elsewhere, cut_to_stage
 from minillm.parallel.shards import Shard
+from minillm.parallel.sharing import SharedWeights
 from minillm.parallel.tensor import TensorGroup, apply_tensor_parallel
 from minillm.ranks.comm import Comm
 
@@ -24,25 +26,35 @@ CARD_BYTES = 2048
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank holds of a model; `tensor` are the ranks that share its layers, None where it has them alone."""
+    """What a rank holds of a model; `tensor` are the ranks that share its layers, None where it has them alone. Of its bytes
+    `bytes_read` came from the checkpoint, and `shared_bytes` lie in memory that it shares with other replicas.
+    """
 
     model: Decoder
     tensor: TensorGroup | None
     bytes_read: int
+    shared_bytes: int
 
 
-def load_part(folder: Path, mesh: DeviceMesh, dtype: torch.dtype) -> Part:
+def load_part(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, shared: SharedWeights | None = None) -> Part:
     """The rank's part of a checkpoint, ready to compute. All ranks of a line along "tp" call it together."""
     config = read_config(folder)
     shard = Shard(config, mesh.layout, mesh.rank)
     model = Decoder(config)
     cut_to_stage(model, shard)
     tensor = apply_tensor_parallel(model, mesh) if mesh.size("tp") > 1 else None
-    bytes_read = load_weights(model, folder, mesh.device, dtype, shard.cut, complete=False)
+    passed = shared is not None and shared.filled and shared.passing
+    bytes_read = 0 if passed else load_weights(model, folder, mesh.device, dtype, shard.cut, complete=False)
     if not shard.first_stage:
         model.embed_tokens = Elsewhere()  # type: ignore[assignment]  # of tied weights, the LM head has them now
+    shared_bytes = 0
+    if shared is not None and passed:
+        shared_bytes = shared.take(model, mesh.rank, dtype)
+    elif shared is not None:
+        with suppress(OSError, RuntimeError):  # a sandbox may forbid it; then it keeps its own
+            shared_bytes = (shared.join if shared.filled else shared.fill)(model, mesh.rank)
     pack(model)
-    return Part(model, tensor, bytes_read)
+    return Part(model, tensor, bytes_read, shared_bytes)
 
 
 def check_alike(comm: Comm, folder: Path, dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ from minillm.parallel.layout import Layout
 from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage
+from minillm.parallel.sharing import SharedWeights
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order
@@ -49,6 +50,7 @@ class Loaded:
 
     bytes_read: int
     weight_bytes: int
+    shared_bytes: int = 0  # of the weights, with other replicas
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Added:
-    """A request that comes in: what `intake` needs to make it again, and its number."""
+    """A request that comes in: what `intake` needs to make it again, and its number.
+
+    One that another engine has begun brings the tokens that it was given, which of the samples it is, and its life.
+    """
 
     request_id: int
     index: int
@@ -75,6 +80,9 @@ class Added:
     params: SamplingParams
     priority: float
     arrived_s: float
+    given: tuple[int, ...] = ()
+    sample: int = 0
+    moments: tuple[tuple[Event, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,12 @@ def add(each: list[Added]) -> Message:
     def message(engine: Engine, intake: Intake) -> None:
         for added in each:
             request = intake.request(added.index, added.prompt, added.params, deque())
-            request.scheduled.priority = added.priority
+            request.scheduled.priority, request.sample = added.priority, added.sample
             number([request], added.request_id)
+            for token_id in added.given:
+                request.scheduled.tokens.append(token_id)
+                request.take(token_id, added.arrived_s)
+            request.life.moments = list(added.moments)
             engine.add([request], added.arrived_s)
 
     return message
@@ -148,7 +160,9 @@ def cancel(request_ids: list[int]) -> Message:
     return message
 
 
-def load(instance: str, folder: Path, layout: Layout, dtype: torch.dtype) -> Loaded:
+def load(
+    instance: str, folder: Path, layout: Layout, dtype: torch.dtype, shared: SharedWeights | None = None
+) -> Loaded:
     """Read this rank's part of the checkpoint. Ranks may hold several instances, each under a name of its own."""
     here = context()
     mesh = DeviceMesh(layout, here)
@@ -156,12 +170,12 @@ def load(instance: str, folder: Path, layout: Layout, dtype: torch.dtype) -> Loa
     pipe = Pipe(
         mesh.comm("pp"), mesh.comm("pp", host=True), mesh.comm("tp", host=True)
     )  # while all are there: reading takes long
-    part = load_part(folder, mesh, dtype)
+    part = load_part(folder, mesh, dtype, shared)
     pipe.tensor = part.tensor
     for layer in part.model.layers:  # a long prompt is no fault
         layer.register_forward_hook(lambda *_: here.tick())
     here.held[instance] = Member(part.model, pipe, mesh.all(), Intake(read_config(folder), Tokenizer(folder)))
-    return Loaded(part.bytes_read, weight_bytes(part.model))
+    return Loaded(part.bytes_read, weight_bytes(part.model), part.shared_bytes)
 
 
 def unload(instance: str) -> None:
@@ -172,8 +186,7 @@ def unload(instance: str) -> None:
 def open_engine(instance: str, engine: int, options: EngineOptions, order: Order) -> int:
     """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has."""
     here, member = context(), _member(instance)
-    sharers = -(-here.world_size // max(1, here.backend.device_count))  # ranks on one GPU
-    mine = options.num_blocks or default_num_blocks(member.model, options, sharers)
+    mine = options.num_blocks or default_num_blocks(member.model, options, here.backend.sharers)
     num_blocks = int(member.everyone.all_gather(torch.tensor([mine])).min())
     model = member.model
     cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)

@@ -45,6 +45,12 @@ class Router:
         self.tokens[chosen] += len(prompt) + most_new
         return chosen
 
+    def join(self, request_id: int, other_id: int) -> None:
+        """One more sample of a request: it is where that one is, and gives as many tokens; the prompt is read once."""
+        other = self.under_way[other_id]
+        self.under_way[request_id] = Outstanding(other.replica, 0, other.to_come)
+        self.tokens[other.replica] += other.to_come
+
     def gave(self, request_id: int) -> None:
         """A request has given a token; the first one tells that its prompt has been read."""
         if (request := self.under_way.get(request_id)) is not None:
@@ -131,8 +137,10 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def make_router(name: str, replicas: int) -> Router:
-    """A router by its name. Raises `ValueError` that lists the names."""
-    if name not in ROUTERS:
-        raise ValueError(f"router={name!r}: there are {', '.join(ROUTERS)}")
-    return ROUTERS[name](replicas)
+def make_router(router: str | type[Router], replicas: int) -> Router:
+    """A router by its name, or of a class of your own. Raises `ValueError` that lists the names."""
+    if isinstance(router, type) and issubclass(router, Router):
+        return router(replicas)
+    if not isinstance(router, str) or router not in ROUTERS:
+        raise ValueError(f"router={router!r}: there are {', '.join(ROUTERS)}, or give a subclass of Router")
+    return ROUTERS[router](replicas)

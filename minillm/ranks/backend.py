@@ -19,13 +19,16 @@ DEVICES = ("cpu", "cuda")
 class Backend:
     """Where the ranks compute ("cpu" or "cuda"), and what carries their messages ("gloo" or "nccl").
 
-    With `shared_memory`, ranks of one host whose messages gloo would carry use `shared.py` where it can do it.
+    With `shared_memory`, ranks of one host whose messages gloo would carry use `shared.py` where it can do it. Of
+    `ranks_here` ranks that use this host's GPUs, these begin at the `first`: other jobs have the rest.
     """
 
     transport: str
     device_type: str
     device_count: int
     shared_memory: bool = True
+    first: int = 0
+    ranks_here: int = 1
 
     @property
     def groups(self) -> str:
@@ -41,7 +44,12 @@ class Backend:
         """The device of the rank with this number on its host; ranks share GPUs round-robin when there are too few."""
         if self.device_type == "cpu":
             return torch.device("cpu")
-        return torch.device("cuda", local_rank % self.device_count)
+        return torch.device("cuda", (self.first + local_rank) % self.device_count)
+
+    @property
+    def sharers(self) -> int:
+        """How many ranks use one GPU, at most."""
+        return -(-self.ranks_here // max(1, self.device_count))
 
     def describe(self) -> str:
         """One line for people: "gloo on CPU processes"."""
@@ -51,23 +59,26 @@ class Backend:
         return f"{transport} on {self.device_count} GPU{'s' * (self.device_count > 1)}"
 
 
-def choose_backend(world_size: int, device: str | None = None, shared_memory: bool = True) -> Backend:
+def choose_backend(
+    world_size: int, device: str | None = None, shared_memory: bool = True, beside: tuple[int, int] | None = None
+) -> Backend:
     """The backend for `world_size` ranks; `device` ("cpu" or "cuda") overrides what the machine suggests.
 
-    Raises `ValueError` when "cuda" is asked for and there is none.
+    `beside=(first, total)` says that they are the ones from `first` on of `total` on this host. Raises `ValueError` when
+    "cuda" is asked for and there is none.
     """
     if device not in (None, *DEVICES):
         raise ValueError(
             f"device={device!r} is not known; choose one of {', '.join(DEVICES)}, or None for this machine's best"
         )
     gpus = torch.cuda.device_count()
+    first, total = beside or (0, world_size)
     if device == "cuda" and gpus == 0:
         raise ValueError("device='cuda' was asked for, but torch sees no GPU here; pass device='cpu'")
     if device == "cpu" or gpus == 0:
         return Backend("gloo", "cpu", 0, shared_memory)
-    if gpus >= world_size or nccl_shares_gpus():
-        return Backend("nccl", "cuda", gpus, shared_memory)
-    return Backend("gloo", "cuda", gpus, shared_memory)
+    transport = "nccl" if gpus >= world_size or nccl_shares_gpus() else "gloo"
+    return Backend(transport, "cuda", gpus, shared_memory, first, total)
 
 
 def nccl_shares_gpus() -> bool:

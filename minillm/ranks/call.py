@@ -46,6 +46,11 @@ class Call:
             raise
         return self.over
 
+    @property
+    def sources(self) -> list[Any]:
+        """What `multiprocessing.connection.wait` can wait for until there is something for `poll`."""
+        return [] if self.over else list(self._job.sources())
+
     def result(self) -> list[Any]:
         """Wait for every rank; returns what each returned, in rank order. Raises as `poll` does."""
         while not self.poll(1.0):

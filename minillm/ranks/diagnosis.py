@@ -199,6 +199,12 @@ def find_late(ranks: list[Rank], late: list[int], silent: list[int], timeout_s: 
     return _verdict(Fault.LATE, culprits, text, ranks, waiter.waits)
 
 
+def find_halted(ranks: list[Rank], halted: list[int], timeout_s: float) -> Verdict:
+    """The verdict when the processes of ranks were stopped, for `timeout_s` at least."""
+    who = _names([ranks[n] for n in halted])
+    return _verdict(Fault.LATE, halted, f"{who} did nothing for {timeout_s:g} s: stopped", ranks, None)
+
+
 def find_unwatched(ranks: list[Rank], inside: list[int], timeout_s: float) -> Verdict:
     """The verdict when ranks wait in a communication of torch that no board shows, and nothing moved for `timeout_s`."""
     others = [rank.number for rank in ranks if rank.life is Life.RUNNING and rank.number not in inside]

@@ -10,6 +10,7 @@ from minillm.ranks.process import RankProcess
 from minillm.ranks.state import Rank
 
 ANSWER_S = 0.5  # how long ranks may take to say where they stand
+MOST_OPEN = 50  # questions to a rank that does not answer: more would fill its pipe, and we would wait for it
 
 
 class Inquiry:
@@ -18,13 +19,16 @@ class Inquiry:
     def __init__(self, processes: list[RankProcess]) -> None:
         self.processes = processes
         self.question = 0
+        self.open = [0] * len(processes)  # questions that a rank has not answered
 
     def ask(self, ranks: list[Rank]) -> list[int]:
         """Fill in where the main thread of each of these ranks stands; returns those that do not answer."""
         self.question += 1
         for rank in ranks:
-            with suppress(ConnectionError):
-                self.processes[rank.number].control.send(self.question)
+            if self.open[rank.number] < MOST_OPEN:
+                with suppress(ConnectionError):
+                    self.processes[rank.number].control.send(self.question)
+                    self.open[rank.number] += 1
         end = time.monotonic() + ANSWER_S
         return [rank.number for rank in ranks if not self._answers(rank, end)]
 
@@ -34,6 +38,7 @@ class Inquiry:
         try:
             while process.control.poll(max(0.0, end - time.monotonic())):
                 question, rank.spots, rank.inside_torch = process.control.recv()
+                self.open[rank.number] -= 1
                 if question == self.question:
                     rank.place = f"runs {describe(*rank.spots[-1])}" if rank.spots else "runs"
                     return True

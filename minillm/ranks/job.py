@@ -18,6 +18,7 @@ from minillm.ranks.diagnosis import (
     blockers,
     find_disagreement,
     find_fault,
+    find_halted,
     find_late,
     find_leftover,
     find_lost_connection,
@@ -62,6 +63,7 @@ class Job:
         self.moved_at = [self.started] * len(views)
         self.failed_at: float | None = None
         self.steady: Any = None  # which ranks were stuck at the last look, and their ticks
+        self.halted: set[int] = set()  # ranks whose processes were stopped at the last of these looks
         self.inside: tuple[float, dict[int, Any]] = (self.started, {})  # ranks in unwatched waits: how they stood then
         self.inquiry = Inquiry(processes)
 
@@ -118,13 +120,18 @@ class Job:
     def _read(self, rank: Rank) -> None:
         rank.view = board.read(self.processes[rank.number].board, self.since[rank.number])
 
-    def _listen(self, timeout_s: float) -> None:
-        """Take what the ranks have sent, and wait for it at most so long."""
+    def sources(self) -> dict[Any, Rank]:
+        """What `multiprocessing.connection.wait` can wait for, to hear of each rank that runs."""
         sources: dict[Any, Rank] = {}
         for rank in self.ranks:
             if rank.life is Life.RUNNING:
                 process = self.processes[rank.number]
                 sources |= {process.calls: rank, process.process.sentinel: rank}
+        return sources
+
+    def _listen(self, timeout_s: float) -> None:
+        """Take what the ranks have sent, and wait for it at most so long."""
+        sources = self.sources()
         ready = {sources[source].number: sources[source] for source in wait(list(sources), timeout_s)}
         for rank in ready.values():
             with uninterrupted():
@@ -234,7 +241,8 @@ class Job:
         return find_late(self.ranks, sorted(late), silent, limit)
 
     def _unwatched(self, now: float) -> Verdict | None:
-        """A verdict when ranks sit in a wait of torch's own, which no board shows, at two looks `timeout_s` apart.
+        """A verdict when at two looks `timeout_s` apart ranks are stopped, or sit in a wait of torch's own, which no board
+        shows.
 
         A rank sits there if it stands on the same lines and its process has hardly computed in between.
         """
@@ -243,7 +251,10 @@ class Job:
         if self.starting or now - asked_at < limit or any(rank.waits is not None for rank in self.ranks):
             return None
         running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
-        self.inquiry.ask(running)
+        silent = self.inquiry.ask(running)
+        halted, self.halted = self.halted, {number for number in silent if self.processes[number].stopped}
+        if halted & self.halted:
+            return find_halted(self.ranks, sorted(halted & self.halted), limit)
         spent = {rank.number: self.processes[rank.number].cpu_s for rank in running}
         inside = {r.number: (r.view.ticks, r.spots, spent[r.number]) for r in running if r.inside_torch}
         self.inside = (now, inside)

@@ -33,7 +33,8 @@ class Ranks:
 
     `device` is "cpu", "cuda" or None for the machine's best; `timeout_s` is how long a rank may keep others waiting
     without getting on; `threads` is how many CPU threads each rank uses; with `shared_memory` sums, gathers and broadcasts of the engine
-    go by it where gloo would carry them, on processors that allow it. The processes start at the first call, stay
+    go by it where gloo would carry them, on processors that allow it; `beside=(first, total)` says that they are the ones
+    from `first` on of `total` ranks that share this host's GPUs. The processes start at the first call, stay
     until `close()`, and end with this process whatever happens to it. Raises `ValueError` for a size or device that
     cannot be.
     """
@@ -46,6 +47,7 @@ class Ranks:
         timeout_s: float = 10.0,
         threads: int = 1,
         shared_memory: bool = True,
+        beside: tuple[int, int] | None = None,
     ) -> None:
         if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size={world_size!r}: give a whole number of ranks from 1 to {MAX_RANKS}")
@@ -58,7 +60,7 @@ class Ranks:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.threads = threads
-        self.backend: Backend = choose_backend(world_size, device, shared_memory)
+        self.backend: Backend = choose_backend(world_size, device, shared_memory, beside)
         self._store: dist.TCPStore | None = None
         self._generation = 0
         self._processes: list[RankProcess] = []
@@ -155,7 +157,7 @@ class Ranks:
 
     def start(self) -> None:
         """Start the processes now rather than at the first call."""
-        if self._all_alive:
+        if self.alive:
             return
         with self._alone():
             self._start()
@@ -163,7 +165,7 @@ class Ranks:
     def _start(self) -> None:
         if self._closed:
             raise ValueError("these ranks are closed; make new ones with Ranks(…)")
-        if self._all_alive:
+        if self.alive:
             return
         kill_all(self._processes)  # one has ended while none was called
         if self._store is None:
@@ -176,7 +178,8 @@ class Ranks:
         Job(self._processes, self.timeout_s, limit_s=START_TIMEOUT_S, starting=True).finish()
 
     @property
-    def _all_alive(self) -> bool:
+    def alive(self) -> bool:
+        """Whether the processes were started, and none has ended."""
         return bool(self._processes) and all(process.alive for process in self._processes)
 
     def _call(

@@ -1,7 +1,7 @@
 """The life of a request: an enum of events, time-stamped, and every latency that follows from them.
 
     ARRIVED ──waits── STARTED ──prefill── TOKEN ──decode── TOKEN … TOKEN ── FINISHED
-                         └──────────── PREEMPTED ──waits── STARTED …           (or CANCELLED, FAILED at any point)
+                         └─────── PREEMPTED or MOVED ──waits── STARTED …       (or CANCELLED, FAILED at any point)
 
 The file knows no tensors and no texts.
 """
@@ -19,16 +19,20 @@ class Event(Enum):
     STARTED = "started"  # its prompt is being computed, for the first time or again after it was preempted
     TOKEN = "token"  # it got a token; the first one ends the prefill
     PREEMPTED = "preempted"  # its blocks were taken; it waits again
+    MOVED = "moved"  # its replica was lost; it waits at another one
     FINISHED = "finished"  # it got its last token
     CANCELLED = "cancelled"  # its user gave it up
     FAILED = "failed"  # the ranks that served it are gone
+
+
+LOST_BLOCKS = frozenset({Event.PREEMPTED, Event.MOVED})  # whoever has, is prefilled again
 
 
 @dataclass
 class RequestLife:
     """What happened to one request, in order, in seconds of the host's monotonic clock.
 
-    `reused_tokens` of its prompt were found in the cache when it started.
+    `rank` is the first one of the replica that served it. `reused_tokens` of its prompt were found in the cache when it started.
     """
 
     request_id: int

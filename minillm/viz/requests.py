@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from minillm.trace.life import Event, RequestLife
+from minillm.trace.life import LOST_BLOCKS, Event, RequestLife
 from minillm.trace.trace import Trace
 from minillm.viz.style import DECODE, GUESS, INK, PREFILL, WAITING, frame, legend, new_figure
 from minillm.viz.words import caption_of, plain, time_unit
@@ -68,14 +68,15 @@ def _waits(trace: Trace, life: RequestLife) -> list[tuple[float, float]]:
     first, last = life.token_s[0], life.token_s[-1]
     others: list[tuple[float, float]] = []
     going_on = False
-    for span in sorted(trace.spans, key=lambda span: span.start_s):
+    ranks = {span.rank for span in trace.spans if life.request_id in span.request_ids}  # of the replica that has it
+    for span in sorted((span for span in trace.spans if span.rank in ranks), key=lambda span: span.start_s):
         if life.request_id in span.request_ids:
             going_on = False
         elif span.request_ids and first <= span.start_s and span.end_s <= last:
             others.append((others.pop()[0] if going_on else span.start_s, span.end_s))
             going_on = True
     moments = [*life.moments, (Event.FINISHED, last)]
-    lost = [(when, after) for (what, when), (_, after) in zip(moments, moments[1:]) if what is Event.PREEMPTED]
+    lost = [(when, after) for (what, when), (_, after) in zip(moments, moments[1:]) if what in LOST_BLOCKS]
     return lost + others
 
 

@@ -203,7 +203,6 @@ def test_a_rank_that_dies_fails_its_requests_and_the_next_ones_run(made: Made, h
     [
         ("tp=7", "tp=7 does not fit 6 query heads; the nearest that fits is 'tp=6'"),
         ("tp=0", "tp=0; give a whole number of tensor parallel ranks from 1"),
-        ("tp=2,dp=2", "is not built yet"),
     ],
 )
 def test_layouts_that_cannot_be(made: Made, layout: str, text: str) -> None:

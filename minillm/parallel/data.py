@@ -1,0 +1,276 @@
+"""Data parallelism: replicas of the model that serve different requests, with a router in front of them.
+
+Each replica is an instance with ranks of its own, so that one can be lost while the others serve. What it had under way
+goes on at another: the tokens given so far are part of the prompt there, and since noise is a function of (seed, request,
+position), those that follow are the same. Who gets a request is decided in `policy/router.py`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+from minillm.engine.request import Piece, Request, with_twins
+from minillm.parallel.instance import WAIT_S, Instance, RemoteEngine, check_ranks
+from minillm.parallel.layout import Layout
+from minillm.parallel.sharing import share_weights
+from minillm.policy.options import EngineOptions
+from minillm.policy.request import Load, Order, ScheduledRequest, first_come
+from minillm.policy.router import Router
+from minillm.ranks.errors import RankError
+from minillm.ranks.pool import Ranks
+from minillm.trace.life import Event
+from minillm.trace.recorder import Recorder
+
+MOST_MOVES = 3  # whoever has lost so many replicas may be the reason
+
+
+class Replicas:
+    """The engines of several instances as one, with the methods of `engine.Engine` that its users need.
+
+    When a replica is lost, its requests go on at others, or wait until one is back; `losses` tells of it, and a warning.
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        options: EngineOptions,
+        recorder: Recorder,
+        router: Router,
+        order: Order = first_come,
+    ) -> None:
+        size = instances[0].layout.world_size
+        self.options, self.router = options, router
+        self.engines = [
+            RemoteEngine(instance, options, recorder, order, number * size, fails=False)
+            for number, instance in enumerate(instances)
+        ]
+        self.losses: list[tuple[int, Exception]] = []  # which replica, and why
+        self.failed: frozenset[int] = frozenset()
+        self._homeless: deque[Request] = deque()  # served by nobody
+        self._moves: Counter[int] = Counter()
+        self._helper = ThreadPoolExecutor(len(instances), "minillm replicas")
+        self._returning: dict[int, Future[int]] = {}
+        self._gone: dict[int, BaseException | None] = {}  # why a replica did not come back
+        self.record(recorder)
+
+    @property
+    def requests(self) -> dict[int, Request]:
+        """All that wait or run."""
+        homeless = {each.request_id: each for each in self._homeless}
+        return {number: request for engine in self.engines for number, request in engine.requests.items()} | homeless
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs, or some ranks have not come to rest."""
+        return bool(self._homeless) or any(engine.has_work for engine in self.engines)
+
+    @property
+    def load(self) -> Load:
+        """How full all of them are together."""
+        return Load(*map(sum, zip(*(vars(engine.load).values() for engine in self.engines))))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all caches."""
+        return sum(engine.num_blocks for engine in self.engines)
+
+    def check(self, request: ScheduledRequest) -> None:
+        """Raise `ValueError` for a request that can never run on one of them."""
+        for engine in self.engines:
+            engine.check(request)
+
+    def check_samples(self, samples: int) -> None:
+        """Raise `ValueError` when so many samples of one prompt can never run together."""
+        for engine in self.engines:
+            engine.check_samples(samples)
+
+    def record(self, recorder: Recorder, baton: bool = False) -> None:
+        """Let `recorder` have what happens from the next call on; with `baton` one rank of all computes at a time."""
+        self.recorder = recorder
+        for engine in self.engines:
+            engine.record(recorder, baton)
+            engine.baton = self.engines[0].baton
+
+    def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
+        """Let requests wait that came at `arrived_s`, or now, each where the router says; all of them or, with a `ValueError`
+        for one that can never run, none.
+        """
+        for request in requests:
+            self.check(request.scheduled)
+        when = time.monotonic() if arrived_s is None else arrived_s
+        self._look_after()
+        for request in requests:
+            request.life.note(Event.ARRIVED, when)
+            self.recorder.trace.lives.append(request.life)
+        self._homeless.extend(requests)
+        self._place()
+
+    def step(self) -> list[Piece]:
+        """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""
+        self._look_after()
+        self._place()
+        pieces: list[Piece] = []
+        for engine in self.engines:
+            if engine.has_work:
+                with self._guarded(engine):
+                    engine.begin()
+        self._wait()
+        for engine in self.engines:
+            if engine.has_work:
+                with self._guarded(engine):
+                    pieces += engine.step(0.0)
+            pieces += engine.taken()
+        for piece in pieces:
+            self.router.gave(piece.request_id)
+            if piece.finish_reason is not None:
+                self.router.ended(piece.request_id)
+        self._place()
+        return pieces
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """End requests that have not ended yet; their blocks are free when the batches they are in are back."""
+        going = [request for request in with_twins(requests) if request.finish_reason is None]
+        for request in going:
+            request.cancel(time.monotonic())
+            self.router.ended(request.request_id)
+        self._homeless = deque(request for request in self._homeless if request.finish_reason is None)
+        for engine in self.engines:
+            engine.drop(going)
+
+    def close(self) -> None:
+        """End its requests, and let the ranks forget it."""
+        self.cancel(list(self.requests.values()))
+        self._helper.shutdown()
+        for engine in self.engines:
+            engine.close()
+
+    def _wait(self) -> None:
+        """Until an engine has something to tell, or a replica is back; a moment at most."""
+        if sources := [source for engine in self.engines for source in engine.sources]:
+            wait(sources, WAIT_S)
+        elif self._returning:
+            wait_for_futures(self._returning.values(), WAIT_S, FIRST_COMPLETED)
+
+    def _place(self) -> None:
+        """Hand out the requests that nobody serves, as long as there is a replica."""
+        while self._homeless:
+            request = self._homeless[0]
+            tokens, longest = request.scheduled.tokens, request.scheduled.longest
+            try:
+                replica = self.router.route(request.request_id, tokens, longest - len(tokens))
+            except LookupError:
+                return
+            self._homeless.popleft()
+            for twin in [] if request.token_ids else request.twins:
+                self.router.join(twin.request_id, request.request_id)
+            with self._guarded(self.engines[replica]):
+                self.engines[replica].take_over([request])
+
+    @contextmanager
+    def _guarded(self, engine: RemoteEngine) -> Iterator[None]:
+        """When the engine is lost meanwhile, see to it and go on."""
+        try:
+            yield
+        except RankError as error:
+            self._lose(self.engines.index(engine), error)
+            lost, engine.lost = engine.lost, []
+            self._take_back(lost)
+
+    def _lose(self, replica: int, error: Exception) -> None:
+        """A replica is gone: it is started anew while the others go on."""
+        self.losses.append((replica, error))
+        self.router.lose(replica)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"replica {replica} was lost, its requests go on at others: {reason}", RuntimeWarning, 2)
+        self._restart(replica)
+
+    def _take_back(self, requests: list[Request]) -> None:
+        """Requests of a lost replica, with what they were given, are served by nobody."""
+        for request in requests:
+            if request.sample and not request.token_ids:
+                continue  # it comes of its first sample, and with it
+            self._moves[request.request_id] += 1
+            if self._moves[request.request_id] > MOST_MOVES:
+                self.failed = frozenset(each.request_id for each in self._fail([request]))
+                continue
+            request.life.note(Event.MOVED, time.monotonic())
+            self._homeless.append(request)
+
+    def _fail(self, requests: Iterable[Request]) -> list[Request]:
+        """Give requests up, with the samples that would have come of them."""
+        ended = [each for each in with_twins(requests) if each.finish_reason is None]
+        for request in ended:
+            request.fail(time.monotonic())
+        return ended
+
+    def _restart(self, replica: int) -> None:
+        engine = self.engines[replica]
+        self._returning[replica] = self._helper.submit(
+            engine.instance.open, engine.number, self.options, engine.order
+        )  # fmt: skip
+
+    def _look_after(self) -> None:
+        """Welcome replicas that are back, and miss those that ended while they had nothing to do.
+
+        Raises what kept the last replica from coming back, when none is left.
+        """
+        for replica, start in list(self._returning.items()):
+            if start.done():
+                del self._returning[replica]
+                self._gone[replica] = start.exception()
+                if self._gone[replica] is None:
+                    self.router.regain(replica)
+        for replica, engine in enumerate(self.engines):
+            if replica not in self.router.lost and not engine.has_work and not engine.instance.alive:
+                self._lose(replica, RuntimeError("a rank of it has ended"))
+        if len(self.router.lost) == len(self.engines) and not self._returning:
+            homeless, self._homeless = self._homeless, deque()
+            self.failed = frozenset(each.request_id for each in self._fail(homeless))
+            for replica in self.router.lost:
+                self._restart(replica)
+            raise next(error for error in self._gone.values() if error is not None)
+
+
+def start_pools(layout: Layout, device: str) -> list[Ranks]:
+    """Ranks for each replica of a layout, which share the GPUs of this host."""
+    size = layout.world_size // layout.dp
+    return [Ranks(size, device=device, beside=(n * size, layout.world_size)) for n in range(layout.dp)]
+
+
+def start_replicas(
+    folder: Path, layout: Layout, device: torch.device, dtype: torch.dtype, pools: Sequence[Ranks]
+) -> list[Instance]:
+    """An instance on each of the `pools`. On a CPU the first one reads the checkpoint, and the others take it from memory.
+
+    Raises `ValueError` for other pools than one of its own for each replica, of the size that the layout gives it.
+    """
+    for pool in pools:
+        check_ranks(pool, layout, device)
+    if len({id(pool) for pool in pools}) != layout.dp:
+        raise ValueError(
+            f"layout {str(layout)!r} has {layout.dp} replicas, each on ranks of its own, but there are {len({id(pool) for pool in pools})}: "
+            f"give ranks=[Ranks({layout.world_size // layout.dp}), …], or leave it out"
+        )
+    alone = replace(layout, dp=1)
+    with ThreadPoolExecutor(len(pools)) as together:
+        for _ in together.map(Ranks.start, pools):
+            pass
+        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.dp > 1 else None
+        first = Instance(pools[0], folder, alone, device, dtype, shared)
+        if shared is not None:
+            shared = replace(shared, filled=True) if all(part.shared_bytes for part in first.loaded) else None
+        others = list(together.map(lambda pool: Instance(pool, folder, alone, device, dtype, shared), pools[1:]))
+    for instance in [first, *others]:
+        instance.shared = shared and replace(shared, passing=())  # for ranks that start again
+    return [first, *others]
