@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from minillm.hardware.devices import DEVICES, find_device
 from minillm.model.cost import pass_cost
 from minillm.model.shapes import SHAPES
 from minillm.policy.batch import Batch, Chunk
+from minillm.policy.router import ROUTERS
 from minillm.sim.engine import simulate
 from minillm.trace.trace import Clock
 from minillm.trace.workload import Arrival
@@ -82,3 +84,36 @@ def test_what_does_not_fit() -> None:
 def test_no_torch() -> None:
     text = "import sys, minillm.sim.engine; print([m for m in ('torch', 'matplotlib', 'IPython') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", text], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@settings(deadline=None, max_examples=25)
+@given(OPTIONS, WORK, st.integers(1, 4), st.sampled_from(sorted(ROUTERS)))
+def test_replicas_serve_what_was_routed_to_them_as_if_alone(
+    options: EngineOptions, work: list, replicas: int, router: str
+) -> None:
+    """Each one's steps are those of a device that gets the same requests and no others."""
+    arrivals = [Arrival(0.003 * number, *each) for number, each in enumerate(work)]
+    options, device = replace(options, num_blocks=60), find_device("T4")
+    together = simulate(arrivals, SMALL, device, "float32", options, replicas=replicas, router=router)
+    assert sum(len(life.token_s) for life in together.lives) == sum(new for _, new in work)
+    for replica in range(replicas):
+        mine = [number for number, life in enumerate(together.lives) if life.rank == replica]
+        alone = simulate([arrivals[number] for number in mine], SMALL, device, "float32", options)
+        assert [alone.lives[place].moments for place in range(len(mine))] == [
+            together.lives[number].moments for number in mine
+        ]
+
+
+def test_one_prompt_at_a_time_waits_as_in_a_queue_with_one_server() -> None:
+    """M/D/1: Poisson arrivals, equal service times s; the mean wait is ρ s / 2 (1 - ρ) (Pollaczek and Khinchine)."""
+    random, device = Random(1), find_device("T4")
+    options = EngineOptions(max_running=1, max_step_tokens=64)
+    service_s = simulate([Arrival(0.0, 64, 1)], SMALL, device, "float32", options).lives[0].e2e_s
+    for load in (0.3, 0.7):
+        time_s, arrivals = 0.0, []
+        for _ in range(8000):
+            time_s += random.expovariate(load / service_s)
+            arrivals.append(Arrival(time_s, 64, 1))
+        lives = simulate(arrivals, SMALL, device, "float32", options).lives
+        mean_s = sum(life.queue_s for life in lives) / len(lives)
+        assert mean_s == pytest.approx(load * service_s / 2 / (1 - load), rel=0.15)
