@@ -95,10 +95,10 @@ def routers(one: LLM) -> dict[str, Any]:
 
 
 def simulated(one: LLM) -> dict[str, Any]:
-    """20,000 requests with the lengths of the Azure traces, Llama-3.1-8B on four H100s; the same arrivals for each router."""
+    """4,000 requests with the lengths of the Azure traces, Llama-3.1-8B on four H100s; the same arrivals for each router."""
     config, device, found = SHAPES["Llama-3.1-8B"], find_device("H100"), {}
     for source, rate in (("azure-code", 30.0), ("azure-conversation", 30.0)):
-        arrivals = poisson(20_000, rate, PUBLISHED[source], random.Random(0))
+        arrivals = poisson(4_000, rate, PUBLISHED[source], random.Random(0))
         arrivals = [Arrival(a.time_s, min(a.prompt_tokens, 16_000), min(a.new_tokens, 2000)) for a in arrivals]
         found[source] = {"requests per second": rate}
         for name in ("round-robin", "least-tokens"):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what the names are; nothing is imported when the program ru
     from minillm.parallel.layout import Layout as Layout
     from minillm.policy.options import EngineOptions as EngineOptions
     from minillm.ranks.errors import RankError as RankError
+    from minillm.ranks.launch import lead as lead
     from minillm.ranks.membership import context as context
     from minillm.ranks.pool import Ranks as Ranks
 
@@ -24,6 +25,7 @@ _HOME = {
     "Ranks": "minillm.ranks",
     "RankError": "minillm.ranks",
     "context": "minillm.ranks",
+    "lead": "minillm.ranks",
 }
 __all__ = sorted(_HOME)
 

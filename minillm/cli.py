@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; ends the process with 0, 1 (doctor found something missing), 2 (an error) or 130 (interrupted)."""
     options = _parser().parse_args(arguments)
     try:
-        status = options.command(options)
+        with _lead() as options.launch:
+            status = options.command(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
@@ -36,6 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"minillm: {reason}", file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def _lead() -> AbstractContextManager[Any]:
+    """Under `torchrun` or `accelerate launch`, all its processes; only rank 0 comes back from it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # the usual case does not load torch
+        return nullcontext()
+    from minillm.ranks.launch import lead
+
+    return lead()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,11 +138,22 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
 
 def _served(options: argparse.Namespace) -> Any:
     """The model with the engine that the options ask for."""
-    from minillm.llm import LLM
     from minillm.policy.options import EngineOptions
 
     engine = EngineOptions(**{field.name: getattr(options, field.name) for field in fields(EngineOptions)})
-    return LLM(options.model, options.layout, options.device, options=engine, router=options.router)
+    return _llm(options, engine, router=options.router)
+
+
+def _llm(options: argparse.Namespace, engine: Any = None, **more: Any) -> Any:
+    """The model of the options; under a launcher the log says which rank sits where."""
+    from minillm.llm import LLM
+
+    llm = LLM(options.model, options.layout, options.device, options=engine, ranks=options.launch, **more)
+    if options.launch is not None:
+        from minillm.parallel.hybrid import seating
+
+        print(seating(llm.layout, options.launch.cards), file=sys.stderr, flush=True)
+    return llm
 
 
 def _command(commands: argparse._SubParsersAction, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
@@ -153,12 +175,12 @@ def doctor(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Answer one prompt, streaming the text, or with --json all at once with its figures."""
-    from minillm import LLM, SamplingParams
+    from minillm import SamplingParams
 
     params = SamplingParams(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
     if not options.prompt:
         raise ValueError("the prompt is empty: give --prompt a text")
-    with LLM(options.model, options.layout, options.device) as llm:
+    with _llm(options) as llm:
         chat = not options.raw and llm.tokenizer.chat_template is not None
         prompt = llm.tokenizer.chat([{"role": "user", "content": options.prompt}]) if chat else options.prompt
         if not options.json:

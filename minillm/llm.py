@@ -25,12 +25,14 @@ from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
 from minillm.parallel.data import Replicas, start_pools, start_replicas
+from minillm.parallel.hybrid import fill
 from minillm.parallel.instance import Instance, RemoteEngine
 from minillm.parallel.layout import Layout
 from minillm.parallel.member import score
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
 from minillm.policy.router import Router, make_router
+from minillm.ranks.launch import Launch
 from minillm.ranks.pool import Ranks
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Kind, Span, Trace
@@ -41,7 +43,8 @@ class LLM:
 
     `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
     in this process; "pp=2" (stages), "tp=2" (slices of every layer), "dp=2" (replicas) and all of them together run on ranks
-    that it starts, or on the `ranks` given: with dp a list, one `Ranks` for each replica. `device` is "cpu", "cuda" or None
+    that it starts, or on the `ranks` given: with dp a list, one `Ranks` for each replica; under a launcher, what `lead` gives.
+    `device` is "cpu", "cuda" or None
     for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16" or None for float32 on a CPU and the checkpoint's
     own on a GPU. `options` are the engine's limits and switches; `router` says which replica gets a request: "round-robin",
     "least-tokens", "prefix-aware", or a class of your own. Raises `ValueError` in one line for whatever cannot be.
@@ -54,7 +57,7 @@ class LLM:
         device: str | None = None,
         dtype: str | None = None,
         options: EngineOptions | None = None,
-        ranks: Ranks | Sequence[Ranks] | None = None,
+        ranks: Ranks | Sequence[Ranks] | Launch | None = None,
         router: str | type[Router] = "least-tokens",
     ) -> None:
         self.options = _options(options)
@@ -72,6 +75,8 @@ class LLM:
         self.intake = Intake(self.config, self.tokenizer)
         self._started: list[Ranks] = []  # by this LLM, which ends them
         self._owns = True  # the weights; its twins of other options do not
+        if isinstance(ranks, Launch):
+            ranks = self._started = fill(ranks, self.layout, self.device.type)
         if self.layout.world_size == 1:
             _refuse_ranks(ranks)
             self.model = Decoder(self.config)

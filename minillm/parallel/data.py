@@ -266,7 +266,8 @@ def start_replicas(
     with ThreadPoolExecutor(len(pools)) as together:
         for _ in together.map(Ranks.start, pools):
             pass
-        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.dp > 1 else None
+        one_host = len({place.node for pool in pools for place in pool.places}) == 1
+        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.dp > 1 and one_host else None
         first = Instance(pools[0], folder, alone, device, dtype, shared)
         if shared is not None:
             shared = replace(shared, filled=True) if all(part.shared_bytes for part in first.loaded) else None

@@ -15,6 +15,7 @@ _HOME = {
     "RankContext": "minillm.ranks.membership",
     "context": "minillm.ranks.membership",
     "Comm": "minillm.ranks.comm",
+    "lead": "minillm.ranks.launch",
     "choose_backend": "minillm.ranks.backend",
 }
 __all__ = sorted(_HOME)

@@ -101,8 +101,7 @@ class Job:
 
     def conclude(self) -> list[Any]:
         """When all is over: the results, or the error."""
-        for rank in self.ranks:
-            self._read(rank)
+        self._refresh()
         verdict = find_fault(self.ranks) or find_lost_connection(self.ranks) or find_leftover(self.ranks)
         if verdict is not None:
             self._raise(verdict)
@@ -126,8 +125,14 @@ class Job:
         for rank in self.ranks:
             if rank.life is Life.RUNNING:
                 process = self.processes[rank.number]
-                sources |= {process.calls: rank, process.process.sentinel: rank}
+                sources |= {process.calls: rank, process.sentinel: rank}
         return sources
+
+    def _refresh(self) -> None:
+        """Read all boards as they are now."""
+        for rank in self.ranks:
+            self.processes[rank.number].refresh()
+            self._read(rank)
 
     def _listen(self, timeout_s: float) -> None:
         """Take what the ranks have sent, and wait for it at most so long."""
@@ -165,7 +170,7 @@ class Job:
 
     def _died(self, rank: Rank) -> None:
         process = self.processes[rank.number]
-        process.process.join(1)
+        process.join(1)
         rank.life, rank.exit_text = Life.DIED, process.exit_text
         self._note_failure()
 
@@ -193,8 +198,11 @@ class Job:
     def _settled(self) -> bool:
         """Whether the ranks that are stuck were so at the last look, and have not moved; being stuck is for ever.
 
-        After a failure, whether none computes any more either.
+        After a failure, whether none computes any more either. Boards are read one after the other: two looks at which none
+        has moved saw them as they were together.
         """
+        if stuck_ranks(self.ranks):
+            self._refresh()
         stuck = stuck_ranks(self.ranks)
         now = (stuck, [self.ranks[n].view.ticks for n in stuck])
         before, self.steady = self.steady, now

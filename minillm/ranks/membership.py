@@ -34,7 +34,7 @@ class RankContext:
     backend: Backend
     store: dist.Store
     board: Board
-    local: bool = True  # all ranks on one host
+    nodes: tuple[int, ...] = ()  # the host of each rank, by number
     limit: timedelta = FOR_EVER  # of the transport's own patience
     send_event: Callable[[Any], None] = lambda event: None
     take_posts: Callable[[float], None] = lambda timeout_s: None
@@ -59,13 +59,18 @@ class RankContext:
             meeting = Operation("comm", f"named {name}", f"make {name}", "", members, caller())
             number, _ = self.board.enter(meeting)
             backend = Backend("gloo", "cpu", 0, self.backend.shared_memory) if host else self.backend
-            group = make_group(store, place, len(members), backend, self.local, self.limit)
+            local = self.on_one_host(members)
+            group = make_group(store, place, len(members), backend, local, self.limit)
             shared = None
-            if backend.shared_memory and backend.transport == "gloo" and self.local and len(members) > 1:
+            if backend.shared_memory and backend.transport == "gloo" and local and len(members) > 1:
                 shared = open_shared(dist.PrefixStore("memory", store), place, len(members), self.limit.total_seconds())
             self.board.leave(number)
             self._comms[name] = Comm(name, members, place, self.board, backend, group, shared)
         return self._comms[name]
+
+    def on_one_host(self, members: tuple[int, ...]) -> bool:
+        """Whether these ranks are on the same host."""
+        return len({self.nodes[member] for member in members}) == 1
 
     def emit(self, event: Any) -> None:
         """Send something to the `on_event=` of the call that runs here, while it runs."""
@@ -109,19 +114,19 @@ def set_context(new: RankContext) -> RankContext:
 
 def join(
     rank: int,
-    world_size: int,
+    nodes: tuple[int, ...],
     local_rank: int,
     backend: Backend,
     store: dist.Store,
     memory: memoryview | bytearray,
-    local: bool = True,
     limit: timedelta = FOR_EVER,
 ) -> RankContext:
-    """Set up torch's default group and the board for this process, and make its context."""
+    """Set up torch's default group and the board for this process, and make its context. `nodes` has the host of each rank."""
+    world_size = len(nodes)
     device = backend.device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if local:
+    if len(set(nodes)) == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
     board = Board(memory)
     bound: dict[str, Any] = {"device_id": device} if backend.transport == "nccl" else {}
@@ -129,7 +134,7 @@ def join(
     if not dist.is_initialized():  # a script's Accelerator may have done it
         dist.init_process_group(backend.groups, store=world, rank=rank, world_size=world_size, timeout=limit, **bound)
     watch_torch(board, rank)
-    return set_context(RankContext(rank, world_size, device, backend, store, board, local, limit))
+    return set_context(RankContext(rank, world_size, device, backend, store, board, nodes, limit))
 
 
 def _join_launched_job() -> RankContext:
@@ -140,5 +145,5 @@ def _join_launched_job() -> RankContext:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     scoped = dist.PrefixStore("minillm", store)
-    board, local = bytearray(BOARD_BYTES), local_size == world_size
-    return join(rank, world_size, local_rank, choose_backend(local_size), scoped, board, local, _UNWATCHED)
+    nodes = tuple(number // local_size for number in range(world_size))
+    return join(rank, nodes, local_rank, choose_backend(local_size), scoped, bytearray(BOARD_BYTES), _UNWATCHED)

@@ -7,9 +7,9 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import cloudpickle
 import torch.distributed as dist
@@ -20,12 +20,21 @@ from minillm.ranks.call import Call
 from minillm.ranks.errors import RankError
 from minillm.ranks.job import Job
 from minillm.ranks.places import cell_sources, remember_cells
-from minillm.ranks.process import RankProcess, kill_all, start_rank, warm_up
+from minillm.ranks.process import Here, RankProcess, kill_all, warm_up
 from minillm.ranks.signals import uninterrupted
 from minillm.ranks.worker import Seat
 
 MAX_RANKS = 256
 START_TIMEOUT_S = 120.0
+
+
+class Place(Protocol):
+    """Where a rank can be started; on host number `node` it is number `local_rank`."""
+
+    node: int
+    local_rank: int
+
+    def start(self, seat: Seat) -> RankProcess: ...
 
 
 class Ranks:
@@ -34,7 +43,8 @@ class Ranks:
     `device` is "cpu", "cuda" or None for the machine's best; `timeout_s` is how long a rank may keep others waiting
     without getting on; `threads` is how many CPU threads each rank uses; with `shared_memory` sums, gathers and broadcasts of the engine
     go by it where gloo would carry them, on processors that allow it; `beside=(first, total)` says that they are the ones
-    from `first` on of `total` ranks that share this host's GPUs. The processes start at the first call, stay
+    from `first` on of `total` ranks that share this host's GPUs. `places` are where the ranks are, if not here (`launch.py`),
+    and `address` is where they find this process. The processes start at the first call, stay
     until `close()`, and end with this process whatever happens to it. Raises `ValueError` for a size or device that
     cannot be.
     """
@@ -48,6 +58,8 @@ class Ranks:
         threads: int = 1,
         shared_memory: bool = True,
         beside: tuple[int, int] | None = None,
+        places: Sequence[Place] = (),
+        address: str = "127.0.0.1",
     ) -> None:
         if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size={world_size!r}: give a whole number of ranks from 1 to {MAX_RANKS}")
@@ -61,6 +73,8 @@ class Ranks:
         self.timeout_s = timeout_s
         self.threads = threads
         self.backend: Backend = choose_backend(world_size, device, shared_memory, beside)
+        self.places = list(places) or [Here(rank) for rank in range(world_size)]
+        self._address = address
         self._store: dist.TCPStore | None = None
         self._generation = 0
         self._processes: list[RankProcess] = []
@@ -153,7 +167,7 @@ class Ranks:
     @property
     def pids(self) -> list[int]:
         """The processes' ids, in rank order; empty before the first call."""
-        return [process.process.pid for process in self._processes]
+        return [process.pid for process in self._processes]
 
     def start(self) -> None:
         """Start the processes now rather than at the first call."""
@@ -169,12 +183,16 @@ class Ranks:
             return
         kill_all(self._processes)  # one has ended while none was called
         if self._store is None:
-            self._store = _local_store()
+            self._store = _new_store(self._address)
         self._generation += 1
         port, environment = self._store.port, dict(os.environ)
-        for rank in range(self.world_size):
-            seat = Seat(rank, self.world_size, self.backend, port, self._generation, self.threads, environment)
-            self._processes.append(start_rank(seat))
+        nodes = tuple(place.node for place in self.places)
+        for rank, place in enumerate(self.places):
+            seat = Seat(
+                rank, self.world_size, place.local_rank, nodes, self.backend, self._address, port, self._generation, self.threads,
+                environment,
+            )  # fmt: skip
+            self._processes.append(place.start(seat))
         Job(self._processes, self.timeout_s, limit_s=START_TIMEOUT_S, starting=True).finish()
 
     @property
@@ -229,12 +247,10 @@ def _message(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return "call", cloudpickle.dumps((fn, args, kwargs)), sources
 
 
-def _local_store() -> dist.TCPStore:
-    """Where ranks find each other: a port of the system's choice, on the loopback interface alone."""
+def _new_store(address: str) -> dist.TCPStore:
+    """Where ranks find each other: a port of the system's choice, on this interface alone."""
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.bind((address, 0))
     listener.listen()
     port = listener.getsockname()[1]
-    return dist.TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )  # fmt: skip
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -46,45 +46,65 @@ def _no_main() -> Iterator[None]:
 
 @dataclass
 class RankProcess:
-    """One rank as the launching process holds it. `board` is the shared memory that the rank writes."""
+    """One rank as the launching process holds it. `board` is the memory that the rank writes, or a copy of it.
 
-    process: Any
+    `exit_code` is None while it runs. Subclasses say where the process is.
+    """
+
     calls: Connection
     control: Connection
-    lifeline: Connection
     board: memoryview
-    _outbox: Queue[Any] = field(default_factory=Queue)
-    _sending: threading.Lock = field(default_factory=threading.Lock)
-    _poster: threading.Thread | None = None
+    _outbox: Queue[Any] = field(default_factory=Queue, init=False)
+    _sending: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _poster: threading.Thread | None = field(default=None, init=False)
 
     @property
-    def alive(self) -> bool:
-        return self.process.exitcode is None
+    def pid(self) -> int:
+        """Its process id, on its host."""
+        raise NotImplementedError
 
     @property
-    def exit_text(self) -> str:
-        """ "killed by SIGKILL", "exited with status 3"."""
-        code = self.process.exitcode
-        if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        return f"exited with status {code}"
+    def exit_code(self) -> int | None:
+        """What it exited with, or minus the signal that killed it; None while it runs."""
+        raise NotImplementedError
+
+    @property
+    def sentinel(self) -> Any:
+        """What `multiprocessing.connection.wait` can wait for, until it has ended."""
+        raise NotImplementedError
 
     @property
     def stopped(self) -> bool:
         """Whether the process is stopped (SIGSTOP, a debugger)."""
-        try:
-            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
-        except psutil.Error:
-            return False
+        raise NotImplementedError
 
     @property
     def cpu_s(self) -> float:
         """CPU seconds the process has used; 0 when it is gone."""
-        try:
-            times = psutil.Process(self.process.pid).cpu_times()
-            return times.user + times.system
-        except psutil.Error:
-            return 0.0
+        raise NotImplementedError
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Have `board` as the rank has it now, where it is a copy."""
+
+    def end(self) -> None:
+        """Kill the process, and do not wait."""
+        raise NotImplementedError
+
+    @property
+    def alive(self) -> bool:
+        return self.exit_code is None
+
+    @property
+    def exit_text(self) -> str:
+        """ "killed by SIGKILL", "exited with status 3"."""
+        code = self.exit_code
+        if code is not None and code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exited with status {code}"
 
     def send(self, message: Any) -> None:
         """Send a message on `calls`, whole, after all that was posted before; waits while the rank does not read."""
@@ -112,39 +132,106 @@ class RankProcess:
     def kill(self) -> None:
         """End the process at once and close its pipes."""
         if self.alive:
-            self.process.kill()
-        self.process.join(5)
+            self.end()
+        self.join(5)
         if self._poster is not None:
             self._outbox.put(None)
-        for pipe in (self.calls, self.control, self.lifeline):
-            pipe.close()
+        self.close_pipes()
+
+    def close_pipes(self) -> None:
+        """Let go of what leads to it."""
+        self.calls.close()
+        self.control.close()
+
+
+@dataclass
+class LocalProcess(RankProcess):
+    """A rank on this host, a child of the fork server."""
+
+    process: Any
+    lifeline: Connection
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def sentinel(self) -> Any:
+        return self.process.sentinel
+
+    @property
+    def stopped(self) -> bool:
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
+
+    @property
+    def cpu_s(self) -> float:
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+            return times.user + times.system
+        except psutil.Error:
+            return 0.0
+
+    def join(self, timeout_s: float) -> None:
+        self.process.join(timeout_s)
+
+    def end(self) -> None:
+        self.process.kill()
+
+    def close_pipes(self) -> None:
+        super().close_pipes()
+        self.lifeline.close()
 
 
 def kill_all(processes: list[RankProcess]) -> None:
     """End all of them, together, and empty the list."""
     for process in processes:
         if process.alive:
-            process.process.kill()
+            process.end()
     while processes:
         processes.pop().kill()
 
 
-def start_rank(seat: Any) -> RankProcess:
-    """Start the process that sits on `seat` (a `worker.Seat`)."""
-    import torch
+class Here:
+    """A place for a rank on this host: its number among those here, and the host's number in the job."""
+
+    def __init__(self, local_rank: int, node: int = 0) -> None:
+        self.local_rank, self.node = local_rank, node
+
+    def start(self, seat: Any) -> RankProcess:
+        """Start the process that sits on `seat` (a `worker.Seat`)."""
+        context: Any = torch_context()
+        calls, calls_there = context.Pipe()
+        control, control_there = context.Pipe()
+        return start_rank(seat, (calls, calls_there), (control, control_there))
+
+
+def torch_context() -> Any:
+    """Python's multiprocessing, with torch's ways to send tensors."""
     import torch.multiprocessing as torch_multiprocessing
+
+    return torch_multiprocessing.get_context(start_method())
+
+
+def start_rank(seat: Any, calls: tuple[Connection, Connection], control: tuple[Connection, Connection]) -> LocalProcess:
+    """Start the process that sits on `seat`, with our end and its own of each pipe."""
+    import torch
 
     from minillm.ranks.board import BOARD_BYTES
     from minillm.ranks.worker import main
 
-    context: Any = torch_multiprocessing.get_context(start_method())
-    calls, calls_there = context.Pipe()
-    control, control_there = context.Pipe()
+    context = torch_context()
     lifeline_there, lifeline = context.Pipe(duplex=False)
     board = torch.zeros(BOARD_BYTES, dtype=torch.uint8).share_memory_()
-    process = context.Process(target=main, args=(seat, calls_there, control_there, lifeline_there, board), daemon=True)
+    process = context.Process(target=main, args=(seat, calls[1], control[1], lifeline_there, board), daemon=True)
     with _no_main():
         process.start()
-    for pipe in (calls_there, control_there, lifeline_there):
+    for pipe in (calls[1], control[1], lifeline_there):
         pipe.close()
-    return RankProcess(process, calls, control, lifeline, memoryview(cast(Any, board.numpy())))
+    return LocalProcess(calls[0], control[0], memoryview(cast(Any, board.numpy())), process, lifeline)

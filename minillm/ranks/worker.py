@@ -29,11 +29,14 @@ from minillm.ranks.places import Spot, inside_torch, remember_cells, spots_of_fr
 
 @dataclass(frozen=True)
 class Seat:
-    """What a new rank process is told."""
+    """What a new rank process is told. `nodes` are the hosts of all ranks, by number; `local_rank` counts on its own."""
 
     rank: int
     world_size: int
+    local_rank: int
+    nodes: tuple[int, ...]
     backend: Backend
+    store_host: str
     store_port: int
     generation: int
     threads: int
@@ -122,10 +125,10 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
     streams = _Lines(calls, "stdout"), _Lines(calls, "stderr")
     sys.stdout, sys.stderr = streams
     try:
-        store = dist.TCPStore("127.0.0.1", seat.store_port, is_master=False)
+        store = dist.TCPStore(seat.store_host, seat.store_port, is_master=False)
         scoped = dist.PrefixStore(str(seat.generation), store)
         memory = memoryview(cast(Any, board.numpy()))
-        here = join(seat.rank, seat.world_size, seat.rank, seat.backend, scoped, memory)
+        here = join(seat.rank, seat.nodes, seat.local_rank, seat.backend, scoped, memory)
     except Exception as error:
         calls.send(("raised", _failure(error)))
         return
