@@ -1,4 +1,4 @@
-"""The command line: `python -m minillm doctor | generate | bench | serve`. Errors are one line and exit status 2; --debug shows the traceback."""
+"""The command line: `python -m minillm doctor | generate | compare | bench | serve`. Errors are one line and exit status 2; --debug shows the traceback."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _lead() -> AbstractContextManager[Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minillm", description="Distributed LLM inference, step by step.")
     commands = parser.add_subparsers(
-        dest="name", required=True, parser_class=_Parser, metavar="doctor | generate | bench | serve"
+        dest="name", required=True, parser_class=_Parser, metavar="doctor | generate | compare | bench | serve"
     )
     _command(commands, "doctor", doctor, "what this machine can run, and what is missing")
     generate_options = _command(commands, "generate", generate, "answer a prompt with a model")
@@ -70,19 +70,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate_options.add_argument("--seed", type=int, metavar="S", help="makes sampled text repeatable")
     _add_model(generate_options)
+    compare_options = _command(commands, "compare", compare, "run every mode that fits on the same prompts")
+    _add_model(compare_options, layout=False)
+    compare_options.add_argument("--ranks", type=int, metavar="N", help="how many ranks (default: 4, or all launched)")
     _add_bench(_command(commands, "bench", bench, "measure the engine under a load of random requests"))
     _add_serve(_command(commands, "serve", serve, "answer HTTP requests as OpenAI's API does"))
     return parser
 
 
-def _add_model(options: argparse.ArgumentParser) -> None:
+def _add_model(options: argparse.ArgumentParser, layout: bool = True) -> None:
     options.add_argument(
         "--model", metavar="CHECKPOINT", help="a folder or hub name (default: the embedded SmolLM2-135M)"
     )
     options.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    options.add_argument(
-        "--layout", default="", metavar="TEXT", help="such as pp=2, pp=9+9+12, tp=2 or dp=2,tp=2 (default: one device)"
-    )
+    if layout:
+        options.add_argument(
+            "--layout",
+            default="",
+            metavar="TEXT",
+            help="such as pp=2, pp=9+9+12, tp=2 or dp=2,tp=2 (default: one device)",
+        )
 
 
 def _add_bench(options: argparse.ArgumentParser) -> None:
@@ -202,6 +209,24 @@ def generate(options: argparse.Namespace) -> int:
     }
     print(json.dumps(figures, indent=1, ensure_ascii=False))
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Run every mode; 1 when one gives other tokens than one device."""
+    from minillm.compare import as_text, compare
+    from minillm.hardware.machine import machine
+
+    ranks = options.ranks or (len(options.launch.cards) if options.launch else 4)
+    rows = []
+    for row in compare(options.model, ranks, options.device, options.launch):
+        rows.append(row)
+        if sys.stderr.isatty():
+            print(f"{row.mode} {row.layout}: {row.reason or 'done'}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**machine(), "modes": [row.as_dict() for row in rows]}, indent=1))
+    else:
+        print(as_text(rows))
+    return 0 if all(row.same_tokens or row.reason for row in rows) else 1
 
 
 def _arrivals(options: argparse.Namespace) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import psutil
 
+_hiding = threading.Lock()
 PRELOAD = ["minillm.ranks.worker", "minillm.parallel.member"]  # what every rank will need
 
 
@@ -35,13 +36,14 @@ def warm_up() -> None:
 @contextmanager
 def _no_main() -> Iterator[None]:
     """Hide the main module's file, so that a new process does not run the user's script a second time."""
-    main: Any = sys.modules["__main__"]
-    hidden: dict[str, Any] = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        vars(main).update(hidden)
+    with _hiding:  # pools start side by side
+        main: Any = sys.modules["__main__"]
+        hidden: dict[str, Any] = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+        main.__spec__ = None
+        try:
+            yield
+        finally:
+            vars(main).update(hidden)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from minillm.hardware.devices import Device, Link
 from minillm.trace.collectives import collective_time_s
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Clock, Kind, Span, Trace
 
 COMPUTE, WIRE = "compute", "wire"
@@ -38,6 +39,27 @@ def replay(trace: Trace, link: Link | None = None, device: Device | None = None,
     about = {key: value for key, value in trace.about.items() if key not in ("ranks", "cores")}  # one device each
     about |= {"link": link.name if link else "no delay", **({"device": device.name} if device else {})}
     return Trace(spans, clock=Clock.REPLAYED, about=about)
+
+
+def replayed_lives(recorded: Trace, replayed: Trace) -> list[RequestLife]:
+    """The lives of a recorded run's requests on the replay clock, where all of them arrive at second 0.
+
+    A request gets its n tokens with the last n steps that it is in: those before hold only its prompt. So it must not have
+    been preempted. A step ends when the last of its ranks is through.
+    """
+    ends: dict[int, dict[tuple[int, int], float]] = defaultdict(lambda: defaultdict(float))  # request -> step -> end
+    first = {life.request_id: life.rank for life in recorded.lives}
+    for span in replayed.spans:
+        if is_compute(span):
+            for request in span.request_ids:
+                step = (first[request], span.step)
+                ends[request][step] = max(ends[request][step], span.end_s)
+    lives = []
+    for life in recorded.lives:
+        times = sorted(ends[life.request_id].values())[-len(life.token_s) :]
+        moments = [(Event.ARRIVED, 0.0), *((Event.TOKEN, when) for when in times), (Event.FINISHED, times[-1])]
+        lives.append(replace(life, moments=[moments[0], (Event.STARTED, 0.0), *moments[1:]]))
+    return lives
 
 
 def is_compute(span: Span) -> bool:

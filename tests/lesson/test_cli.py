@@ -11,6 +11,8 @@ import pytest
 from tiny import make_checkpoint
 
 from minillm.cli import main
+from minillm.compare import Mode, Row
+from minillm.parallel.layout import Layout
 
 
 def call(*arguments: str) -> int:
@@ -151,7 +153,7 @@ def test_bench_scripts_and_policies_never_load_torch_by_accident() -> None:
 def test_imports_run_downwards() -> None:
     """Each room of the house imports only rooms below it."""
     floors = [
-        ["hardware"], ["policy", "trace"], ["kv", "model"], ["ranks"], ["parallel", "engine"], ["llm"], ["load", "serve"], ["viz"], ["lesson"], ["cli"],
+        ["hardware"], ["policy", "trace"], ["kv", "model"], ["ranks"], ["parallel", "engine"], ["llm"], ["compare", "load", "serve"], ["viz"], ["lesson"], ["cli"],
     ]  # fmt: skip
     level = {room: number for number, rooms in enumerate(floors) for room in rooms}
     package = Path(__file__).parents[2] / "minillm"
@@ -162,3 +164,49 @@ def test_imports_run_downwards() -> None:
             if words[:1] == ["from"] and words[1].startswith("minillm.") and room in level:
                 other = words[1].split(".")[1]
                 assert level[other] <= level[room], f"{file.name}: {line.strip()}"
+
+
+def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every mode: the same tokens, all figures; one that does not fit is left out."""
+    folder = str(make_checkpoint(tmp_path / "three", num_hidden_layers=4))
+    assert call("compare", "--model", folder, "--device", "cpu", "--ranks", "4", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["mode"], row["layout"]) for row in report["modes"]] == [
+        ("one device", ""),
+        ("layers over devices", "pp=4"),
+        ("pipeline", "pp=4"),
+        ("tensor", "tp=4"),
+        ("pipeline × tensor", "pp=2,tp=2"),
+        ("data", "dp=4"),
+        ("data × pipeline", "dp=2,pp=2"),
+        ("data × tensor", "dp=2,tp=2"),
+    ]
+    for row in report["modes"]:
+        assert row["same_tokens"] and row["reason"] == ""
+        assert all(value > 0 for clock in ("measured", "replayed") for value in row[clock].values())
+        assert len(row["memory"]) == row["ranks"]
+        for held in row["memory"].values():
+            assert held["weights"] > 0 and held["KV cache"] > 0 and held["activations"] > 0
+        assert ("all_reduce" in row["sent"]) == ("tp" in row["layout"])
+        assert ("hidden states" in row["sent"]) == ("pp" in row["layout"])
+    whole, quarter = (report["modes"][place]["memory"]["0"]["weights"] for place in (0, 3))
+    assert quarter < whole / 2
+    assert call("compare", "--model", folder, "--device", "cpu", "--ranks", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5 + 4 and lines[2].split()[:3] == ["one", "device", "same"]
+
+
+def test_compare_says_when_tokens_differ(
+    capsys: pytest.CaptureFixture[str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minillm.compare.modes", lambda config, ranks: [Mode("one device", Layout())])
+    monkeypatch.setattr("minillm.compare._run", lambda mode, *rest: Row(mode.name, "", 1, same_tokens=False))
+    assert call("compare", "--model", folder, "--device", "cpu") == 1
+    monkeypatch.undo()
+    assert call("compare", "--model", folder, "--ranks", "1") == 2
+    assert (
+        capsys.readouterr().err == "minillm: --ranks 1: give a whole number from 2; 4 is the least that has hybrids\n"
+    )
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1e6}))
+    assert call("compare", "--model", folder, "--device", "cpu", "--ranks", "2") == 0
+    assert "GB of memory, and 0.0 are free" in capsys.readouterr().out
