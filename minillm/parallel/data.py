@@ -275,3 +275,18 @@ def start_replicas(
     for instance in [first, *others]:
         instance.shared = shared and replace(shared, passing=())  # for ranks that start again
     return [first, *others]
+
+
+def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Which prompts each of `parts` replicas gets when all are known beforehand: the longest first, each to whoever has least.
+
+    The fullest has at most 4/3 of the best there is (Graham 1969, longest processing time first). accelerate's
+    `split_between_processes` gives everybody as many in a row, whatever their lengths.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        least = loads.index(min(loads))
+        shares[least].append(number)
+        loads[least] += lengths[number]
+    return shares

@@ -117,7 +117,7 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
     """Entry of a rank process."""
     end_with(lifeline)
     os.environ.clear()
-    os.environ.update(seat.environment)
+    os.environ.update(seat.environment, **_launcher_names(seat))
     calls = Channel(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stop button interrupts the kernel, which then ends the ranks
     threading.Thread(target=_answer, args=(control, threading.main_thread().ident), daemon=True).start()
@@ -141,6 +141,18 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
     while _one_call(here, calls, streams):
         pass
     os._exit(0)  # skip torch's and gloo's teardown: the other ranks may be gone already
+
+
+def _launcher_names(seat: Seat) -> dict[str, str]:
+    """What `torchrun` would say of this rank, for libraries that look there, such as accelerate."""
+    beside = seat.nodes.count(seat.nodes[seat.rank])
+    names = {
+        "RANK": seat.rank,
+        "WORLD_SIZE": seat.world_size,
+        "LOCAL_RANK": seat.local_rank,
+        "LOCAL_WORLD_SIZE": beside,
+    }
+    return {name: str(value) for name, value in names.items()}
 
 
 def end_with(lifeline: Connection) -> None:

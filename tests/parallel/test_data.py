@@ -18,6 +18,7 @@ from law import OPTIONS, WORK, check_law
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
+from minillm.parallel.data import split_evenly
 from minillm.policy.router import Router
 from minillm.trace.life import Event
 from minillm.trace.replay import replay
@@ -300,3 +301,40 @@ def test_scores_and_interrupts_leave_all_replicas(one: LLM, several: dict[str, L
     time.sleep(0.1)
     assert several["dp=2"].engine.load.used_blocks == 0
     assert not several["dp=2"].engine.has_work
+
+
+def test_offline_by_accelerate_and_by_length(one: LLM, folder: Path) -> None:
+    """A list that is known beforehand: every rank has a model of its own and takes its share; nobody talks until the end."""
+    prompts = [[number] * (3 + 20 * (number % 4 == 0)) for number in range(9)]
+    params = SamplingParams(max_tokens=5)
+
+    def by_accelerate(shares: list[list[int]] | None = None) -> list[tuple[int, list[int]]]:
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
+        state = PartialState(cpu=True)
+        if shares is None:
+            with state.split_between_processes(list(range(9))) as numbers:
+                mine = list(numbers)
+        else:
+            mine = shares[state.process_index]
+        with LLM(folder, device="cpu") as llm:
+            outputs = llm.generate([prompts[number] for number in mine], params)
+        return gather_object([(number, output.token_ids) for number, output in zip(mine, outputs)])
+
+    expected = [output.token_ids for output in one.generate(prompts, params)]
+    with Ranks(3, device="cpu") as ranks:
+        for shares in (None, split_evenly([len(prompt) for prompt in prompts], 3)):
+            found = ranks.run(by_accelerate, shares)
+            assert found[0] == found[1] == found[2]
+            assert [tokens for _, tokens in sorted(found[0])] == expected
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 4))
+def test_shares_of_a_list_are_fair(lengths: list[int], parts: int) -> None:
+    shares = split_evenly(lengths, parts)
+    assert sorted(number for share in shares for number in share) == list(range(len(lengths)))
+    loads = [sum(lengths[number] for number in share) for share in shares]
+    assert max(loads) <= max(lengths) or max(loads) - min(loads) <= min(
+        lengths[n] for n in shares[loads.index(max(loads))]
+    )
