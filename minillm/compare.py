@@ -111,7 +111,7 @@ def compare(
     if launch is not None and ranks != len(launch.cards):
         raise ValueError(f"--ranks {ranks}: the launcher has started {len(launch.cards)}; leave --ranks out")
     prompts = [[100 + 7 * number + place for place in range(PROMPT)] for number in range(REQUESTS)]
-    with LLM(checkpoint, device=on) as one:
+    with LLM(checkpoint, device=on, dtype="float32") as one:
         expected = one.generate(prompts, SamplingParams(max_tokens=NEW, ignore_eos=True))
         todo = modes(one.config, ranks)
         config, dtype, device = one.config, str(one.dtype).removeprefix("torch."), one.device
@@ -122,7 +122,7 @@ def compare(
             for group in groups:
                 layout = group[0].layout
                 needed, room = _bytes_needed(config, layout, dtype), psutil.virtual_memory().available
-                if device.type == "cpu" and needed > room:
+                if launch is None and device.type == "cpu" and needed > room:
                     reason = f"takes {needed / 1e9:.1f} GB of memory, and {room / 1e9:.1f} are free"
                     yield from (Row(mode.name, str(layout), layout.world_size, reason) for mode in group)
                     continue
@@ -130,7 +130,9 @@ def compare(
                     pools = launch.split(dp, device.type) if launch else start_pools(layout, device.type)
                     for pool in pools:
                         held.enter_context(pool)
-                yield from _on_ranks(group, LLM(checkpoint, layout, device.type, ranks=pools), prompts, expected)
+                yield from _on_ranks(
+                    group, LLM(checkpoint, layout, device.type, "float32", ranks=pools), prompts, expected
+                )
 
 
 def _on_ranks(

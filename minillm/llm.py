@@ -206,10 +206,12 @@ class LLM:
         engine = self.__dict__.pop("engine", None)
         self.__dict__.pop("model", None)
         instances = self.__dict__.pop("instances", [])
-        if isinstance(engine, Replicas) or (isinstance(engine, RemoteEngine) and not self._started):
-            engine.close()
-        for ranks in self._started:
-            ranks.close()
+        try:
+            if isinstance(engine, Replicas) or (isinstance(engine, RemoteEngine) and not self._started):
+                engine.close()
+        finally:
+            for ranks in self._started:
+                ranks.close()
         for instance in instances if self._owns else []:
             instance.close()
 

@@ -67,6 +67,7 @@ class Request:
     text: str = ""
     shown: int = 0  # characters of `text` handed out already
     finish_reason: str | None = None
+    moves: int = 0  # replicas that it has lost
     _cut: bool = False  # at a stop string
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
@@ -27,8 +27,8 @@ from minillm.parallel.sharing import share_weights
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.router import Router
-from minillm.ranks.errors import RankError
 from minillm.ranks.pool import Ranks
+from minillm.ranks.signals import uninterrupted
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 
@@ -58,7 +58,6 @@ class Replicas:
         self.losses: list[tuple[int, Exception]] = []  # which replica, and why
         self.failed: frozenset[int] = frozenset()
         self._homeless: deque[Request] = deque()  # served by nobody
-        self._moves: Counter[int] = Counter()
         self._helper = ThreadPoolExecutor(len(instances), "minillm replicas")
         self._returning: dict[int, Future[int]] = {}
         self._gone: dict[int, BaseException | None] = {}  # why a replica did not come back
@@ -109,6 +108,8 @@ class Replicas:
         for request in requests:
             self.check(request.scheduled)
         when = time.monotonic() if arrived_s is None else arrived_s
+        for replica in self.router.lost - self._returning.keys():  # whatever kept it away may be over
+            self._restart(replica)
         self._look_after()
         for request in requests:
             request.life.note(Event.ARRIVED, when)
@@ -127,14 +128,12 @@ class Replicas:
                     engine.begin()
         self._wait()
         for engine in self.engines:
-            if engine.has_work:
-                with self._guarded(engine):
-                    pieces += engine.step(0.0)
-            pieces += engine.taken()
-        for piece in pieces:
-            self.router.gave(piece.request_id)
-            if piece.finish_reason is not None:
-                self.router.ended(piece.request_id)
+            try:
+                if engine.has_work:
+                    with self._guarded(engine):
+                        pieces += self._told(engine.step(0.0))
+            finally:
+                pieces += self._told(engine.taken())
         self._place()
         return pieces
 
@@ -155,6 +154,14 @@ class Replicas:
         for engine in self.engines:
             engine.close()
 
+    def _told(self, pieces: list[Piece]) -> list[Piece]:
+        """Let the router know."""
+        for piece in pieces:
+            self.router.gave(piece.request_id)
+            if piece.finish_reason is not None:
+                self.router.ended(piece.request_id)
+        return pieces
+
     def _wait(self) -> None:
         """Until an engine has something to tell, or a replica is back; a moment at most."""
         if sources := [source for engine in self.engines for source in engine.sources]:
@@ -164,17 +171,14 @@ class Replicas:
 
     def _place(self) -> None:
         """Hand out the requests that nobody serves, as long as there is a replica."""
-        while self._homeless:
+        while self._homeless and len(self.router.lost) < len(self.engines):
             request = self._homeless[0]
             tokens, longest = request.scheduled.tokens, request.scheduled.longest
-            try:
-                replica = self.router.route(request.request_id, tokens, longest - len(tokens))
-            except LookupError:
-                return
-            self._homeless.popleft()
-            for twin in [] if request.token_ids else request.twins:
-                self.router.join(twin.request_id, request.request_id)
-            with self._guarded(self.engines[replica]):
+            replica = self.router.route(request.request_id, tokens, longest - len(tokens))
+            with uninterrupted(), self._guarded(self.engines[replica]):
+                self._homeless.popleft()
+                for twin in [] if request.token_ids else request.twins:
+                    self.router.join(twin.request_id, request.request_id)
                 self.engines[replica].take_over([request])
 
     @contextmanager
@@ -182,27 +186,31 @@ class Replicas:
         """When the engine is lost meanwhile, see to it and go on."""
         try:
             yield
-        except RankError as error:
+        except Exception as error:
+            if engine.error is not error:  # somebody who listens to spans, or a reader that is busy
+                raise
             self._lose(self.engines.index(engine), error)
-            lost, engine.lost = engine.lost, []
-            self._take_back(lost)
 
     def _lose(self, replica: int, error: Exception) -> None:
-        """A replica is gone: it is started anew while the others go on."""
-        self.losses.append((replica, error))
-        self.router.lose(replica)
+        """A replica is gone: its requests wait for another one, and it is started anew while the others go on."""
+        with uninterrupted():
+            engine = self.engines[replica]
+            lost, engine.lost, engine.error = engine.lost, [], None
+            self.losses.append((replica, error))
+            self.router.lose(replica)
+            self._take_back(lost)
+            self._restart(replica)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         warnings.warn(f"replica {replica} was lost, its requests go on at others: {reason}", RuntimeWarning, 2)
-        self._restart(replica)
 
     def _take_back(self, requests: list[Request]) -> None:
         """Requests of a lost replica, with what they were given, are served by nobody."""
         for request in requests:
-            if request.sample and not request.token_ids:
-                continue  # it comes of its first sample, and with it
-            self._moves[request.request_id] += 1
-            if self._moves[request.request_id] > MOST_MOVES:
-                self.failed = frozenset(each.request_id for each in self._fail([request]))
+            if request.finish_reason is not None or (request.sample and not request.token_ids):
+                continue  # the latter comes of its first sample, and with it
+            request.moves += 1
+            if request.moves > MOST_MOVES:
+                self.failed |= {each.request_id for each in self._fail([request])}
                 continue
             request.life.note(Event.MOVED, time.monotonic())
             self._homeless.append(request)
@@ -232,11 +240,12 @@ class Replicas:
                 if self._gone[replica] is None:
                     self.router.regain(replica)
         for replica, engine in enumerate(self.engines):
-            if replica not in self.router.lost and not engine.has_work and not engine.instance.alive:
+            if replica not in self.router.lost and engine.at_rest and not engine.instance.alive:
+                engine.abandon()
                 self._lose(replica, RuntimeError("a rank of it has ended"))
         if len(self.router.lost) == len(self.engines) and not self._returning:
             homeless, self._homeless = self._homeless, deque()
-            self.failed = frozenset(each.request_id for each in self._fail(homeless))
+            self.failed |= {each.request_id for each in self._fail(homeless)}
             for replica in self.router.lost:
                 self._restart(replica)
             raise next(error for error in self._gone.values() if error is not None)

@@ -8,6 +8,7 @@ starts it anew.
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,21 +70,27 @@ class Instance:
         self.opened: dict[int, int] = {}  # engines that the ranks hold, and the blocks of each
         self.forgotten: list[int] = []  # engines that nobody has any more
         self._generation = -1
+        self._starting = threading.RLock()
         self.loaded: list[Loaded] = []
         self.ready()
 
     def ready(self) -> None:
         """Have the weights on the ranks, and only the engines that somebody has."""
-        self.ranks.start()
-        if self._generation != self.ranks.generation:
-            self.loaded = self.ranks.run(load, self.name, self.folder, self.layout, self.dtype, self.shared)
-            self._generation = self.ranks.generation
-            self.opened.clear()
-        while self.forgotten:
-            self.drop(self.forgotten.pop())
+        with self._starting:  # its engines may have noticed the same loss
+            self.ranks.start()
+            if self._generation != self.ranks.generation:
+                self.loaded = self.ranks.run(load, self.name, self.folder, self.layout, self.dtype, self.shared)
+                self._generation = self.ranks.generation
+                self.opened.clear()
+            while self.forgotten:
+                self.drop(self.forgotten.pop())
 
     def open(self, engine: int, options: EngineOptions, order: Order) -> int:
         """Have an engine on the ranks; returns how many blocks it has."""
+        with self._starting:
+            return self._open(engine, options, order)
+
+    def _open(self, engine: int, options: EngineOptions, order: Order) -> int:
         self.ready()
         if engine not in self.opened:
             self.opened[engine] = self.ranks.run(open_engine, self.name, engine, options, order)[0]
@@ -142,6 +149,7 @@ class RemoteEngine:
         self.instance, self.options, self.order = instance, options, order
         self.first_rank, self.fails = first_rank, fails
         self.lost: list[Request] = []
+        self.error: Exception | None = None  # with which it was lost
         self.number = next(_numbers)
         weakref.finalize(self, instance.forgotten.append, self.number)
         self.requests: dict[int, Request] = {}
@@ -153,6 +161,11 @@ class RemoteEngine:
         self.load = Load(0, 0, 0, self.num_blocks)
         self._rules = Scheduler(BlockPool(self.num_blocks, options.block_size), options)  # only asked what can run
         self.record(recorder)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no call is under way on the ranks."""
+        return self._call is None
 
     @property
     def has_work(self) -> bool:
@@ -194,7 +207,7 @@ class RemoteEngine:
             for each in [request] if request.token_ids else [request, *request.twins]:
                 self.requests[each.request_id] = each
                 each.life.rank = self.first_rank
-        with self._or_lost():
+        with self._or_lost(RankError):
             if self._call is None:
                 self.instance.open(self.number, self.options, self.order)
             self._post(add([_added(request) for request in requests]))
@@ -248,7 +261,7 @@ class RemoteEngine:
             self._fresh, self.recorder.timing, self.recorder.activations, self.recorder.details, self.recorder.on_span is not None,
             self.baton.name if self.baton else None,
         )  # fmt: skip
-        with self._or_lost(), uninterrupted():
+        with self._or_lost(RankError), uninterrupted():
             self._fresh = False
             self._call = self.instance.ranks.begin(
                 serve, self.instance.name, self.number, recording, on_event=self._hear
@@ -257,7 +270,7 @@ class RemoteEngine:
     def _poll(self, timeout_s: float) -> None:
         """Take what has come; when nothing is left to do, the last of what the ranks have recorded too."""
         assert self._call is not None
-        with self._or_lost():
+        with self._or_lost(Exception):
             over = self._call.poll(timeout_s)
             if not over and not self.requests:
                 self._call.result()
@@ -268,20 +281,25 @@ class RemoteEngine:
             self.recorder.trace.memory.sort(key=lambda sample: sample.time_s)
 
     @contextmanager
-    def _or_lost(self) -> Iterator[None]:
-        """When this fails, the instance is lost, and with it its requests."""
+    def _or_lost(self, error: type[Exception]) -> Iterator[None]:
+        """When this fails so, the engine is lost, and with it its requests."""
         try:
             yield
-        except KeyboardInterrupt:
+        except error as reason:
+            with uninterrupted():
+                self.error = reason
+                self.abandon()
             raise
-        except BaseException:
-            self._call, self.load = None, Load(0, 0, 0, self.num_blocks)
-            lost, self.requests = list(self.requests.values()), {}
-            if self.fails:
-                self._fail(lost)
-            else:
-                self.lost += lost
-            raise
+
+    def abandon(self) -> None:
+        """What is on the ranks is of no use any more: they make the engine anew, if they live, when it is needed next."""
+        self._call, self.load = None, Load(0, 0, 0, self.num_blocks)
+        self.instance.opened.pop(self.number, None)
+        lost, self.requests = list(self.requests.values()), {}
+        if self.fails:
+            self._fail(lost)
+        else:
+            self.lost += lost
 
     def _post(self, message: Message) -> None:
         self.instance.ranks.post(0, (self.number, message))

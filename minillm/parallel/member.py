@@ -186,6 +186,8 @@ def unload(instance: str) -> None:
 def open_engine(instance: str, engine: int, options: EngineOptions, order: Order) -> int:
     """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has."""
     here, member = context(), _member(instance)
+    member.mail.pop(engine, None)  # of one with this number that was lost
+    here.posts[:] = [(to, message) for to, message in here.posts if to != engine]
     mine = options.num_blocks or default_num_blocks(member.model, options, here.backend.sharers)
     num_blocks = int(member.everyone.all_gather(torch.tensor([mine])).min())
     model = member.model

@@ -36,11 +36,15 @@ class Router:
         self.tokens = [0] * replicas  # outstanding on each
 
     def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
-        """The replica for a request that gives up to `most_new` tokens. Raises `LookupError` when all are lost."""
+        """The replica for a request that gives up to `most_new` tokens. Raises `LookupError` when all are lost, and
+        `ValueError` when `prefer` names one that is not there.
+        """
         present = [replica for replica in range(self.replicas) if replica not in self.lost]
         if not present:
             raise LookupError("every replica is lost")
         chosen = self.prefer(present, prompt)
+        if chosen not in present:
+            raise ValueError(f"the router chose replica {chosen!r}; there are {', '.join(map(str, present))}")
         self.under_way[request_id] = Outstanding(chosen, len(prompt), most_new)
         self.tokens[chosen] += len(prompt) + most_new
         return chosen

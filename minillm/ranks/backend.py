@@ -7,9 +7,11 @@ Nothing here creates a CUDA context: the notebook kernel may ask.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 DEVICES = ("cpu", "cuda")
@@ -91,3 +93,15 @@ def nccl_shares_gpus() -> bool:
 def loopback_interface() -> str:
     """The name of the network interface that never leaves this machine."""
     return "lo0" if sys.platform == "darwin" else "lo"
+
+
+def interface_towards(host: str) -> str | None:
+    """The name of the network interface through which this machine reaches another one; None where that cannot be told."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+    except OSError:
+        return None
+    known = psutil.net_if_addrs().items()
+    return next((name for name, addresses in known if any(each.address == address for each in addresses)), None)

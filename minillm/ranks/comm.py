@@ -7,6 +7,7 @@ It does not know what the tensors mean.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -257,5 +258,10 @@ def make_group(store: dist.Store, rank: int, size: int, backend: Backend, local:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = limit
-    options._devices = [gloo.create_device(hostname="127.0.0.1") if local else gloo.create_default_device()]
+    if local:
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    elif interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        options._devices = [gloo.create_device(interface=interface)]
+    else:
+        options._devices = [gloo.create_default_device()]
     return gloo(store, rank, size, options)

@@ -8,6 +8,7 @@ they are here. Calls go straight from the leader to the rank, by TCP, with a key
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import secrets
 import socket
@@ -16,8 +17,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import AuthenticationError, Pipe
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from queue import Empty, Queue
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from minillm.ranks.backend import choose_backend
 from minillm.ranks.board import BOARD_BYTES
+from minillm.ranks.errors import Fault, RankError, Verdict
 from minillm.ranks.pool import Place, Ranks
 from minillm.ranks.process import Here, LocalProcess, RankProcess, start_rank, warm_up
 from minillm.ranks.worker import Seat
@@ -32,7 +34,8 @@ from minillm.ranks.worker import Seat
 JOIN_S = 60.0  # how long all processes of a launcher may take to come
 TELL_S = 0.1  # how often a keeper tells how its rank stands
 ANSWER_S = 2.0  # how long it may take to tell when it is asked
-KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a host without power is missed in 25 s
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a host without power is missed in 25 s,
+KEEPALIVE |= {"TCP_USER_TIMEOUT": 25_000}  # also while something is on its way to it
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -90,7 +93,8 @@ def lead() -> Iterator[Launch | None]:
     warm_up()
     card = Card.mine()
     common, _, _ = next(dist.rendezvous("env://", card.rank, int(os.environ["WORLD_SIZE"])))
-    store = dist.PrefixStore("minillm lead", common)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher may start all of them again
+    store = dist.PrefixStore(f"minillm lead {attempt}", common)
     if card.rank:
         sys.exit(keep(card, store))
     launch = Launch(card, int(os.environ["WORLD_SIZE"]), store)
@@ -107,13 +111,15 @@ class Launch:
     """
 
     def __init__(self, card: Card, size: int, store: dist.Store) -> None:
-        self.address = "127.0.0.1" if card.local_size == size else socket.gethostbyname(os.environ["MASTER_ADDR"])
-        key = secrets.token_bytes(32)
-        self._listener = Listener((self.address, 0), authkey=key, backlog=4 * size)
+        self.address = "127.0.0.1" if card.local_size == size else os.environ["MASTER_ADDR"]
+        self._key = secrets.token_bytes(32)
+        here = self.address if card.local_size == size else ""  # every interface: the others know one of its names
+        self._listener = Listener((here, 0), backlog=4 * size)
+        self._closed = False
         self._keepers: Queue[tuple[Card, Connection]] = Queue()
-        self._pipes: list[Queue[Connection]] = [Queue() for _ in range(size)]  # that lead to each rank
+        self._pipes: list[Queue[Pipe]] = [Queue() for _ in range(size)]  # that lead to each rank
         threading.Thread(target=self._accept, name="minillm launch", daemon=True).start()
-        store.set("leader", json.dumps([self.address, self._listener.address[1], key.hex()]))
+        store.set("leader", json.dumps([self.address, self._listener.address[1], self._key.hex()]))
         self.cards = [card]
         places: dict[int, Place] = {card.rank: Here(card.local_rank, card.node)}
         while len(places) < size:
@@ -145,29 +151,46 @@ class Launch:
             if isinstance(place, Keeper):
                 place.say("leave")
                 place.link.close()
+        self._closed = True
         self._listener.close()
 
     def _accept(self) -> None:
-        """Take who connects: keepers, and the two pipes of each rank that they start."""
-        while True:
-            try:
+        """Take who connects, until closed; a stranger who says nothing holds up nobody."""
+        while not self._closed:
+            with suppress(OSError):
                 link = self._listener.accept()
-                _tune(link)
-                what, who = link.recv()
-            except (AuthenticationError, EOFError, ConnectionError):
-                continue  # a stranger, or somebody who is gone again
-            except OSError:  # closed
-                return
-            if what == "keeper":
-                self._keepers.put((who, link))
-            else:
-                self._pipes[who].put(link)
+                threading.Thread(target=self._greet, args=(link,), name="minillm guest", daemon=True).start()
+
+    def _greet(self, link: Connection) -> None:
+        """Somebody who knows the key is a keeper, or the pipe of a rank that a keeper starts."""
+        try:
+            _tune(link)
+            deliver_challenge(link, self._key)
+            answer_challenge(link, self._key)
+            what, *details = link.recv()
+        except (AuthenticationError, EOFError, OSError):
+            link.close()
+            return
+        if what == "keeper":
+            self._keepers.put((details[0], link))
+        else:
+            rank, ticket = details
+            self._pipes[rank].put(Pipe(what, ticket, link))
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A connection to a rank: its "calls" or its "control", of the process with this ticket."""
+
+    what: str
+    ticket: int
+    link: Connection
 
 
 class Keeper:
     """The leader's side of a launched process: a place where a rank can be started."""
 
-    def __init__(self, card: Card, link: Connection, pipes: Queue[Connection]) -> None:
+    def __init__(self, card: Card, link: Connection, pipes: Queue[Pipe]) -> None:
         self.card, self.link, self._pipes = card, link, pipes
         self.node, self.local_rank = card.node, card.local_rank
         self.gone = False
@@ -176,17 +199,25 @@ class Keeper:
         threading.Thread(target=self._hear, name=f"minillm rank {card.rank}", daemon=True).start()
 
     def start(self, seat: Seat) -> RankProcess:
-        """Start a rank process there. Raises `RuntimeError` when that does not happen."""
+        """Start a rank process there. Raises `RankError` when that does not happen."""
         self._tickets += 1
         self.process = RemoteProcess(self, self._tickets)
         self.say("start", self._tickets, replace(seat, environment={}))
+        found: dict[str, Connection] = {}
         try:
-            if self.gone:
-                raise Empty
-            self.process.calls, self.process.control = (self._pipes.get(timeout=JOIN_S) for _ in range(2))
+            while len(found) < 2:
+                if self.gone:
+                    raise Empty
+                pipe = self._pipes.get(timeout=JOIN_S)
+                if pipe.ticket == self._tickets:
+                    found[pipe.what] = pipe.link
+                else:
+                    pipe.link.close()  # of a start that took too long
         except Empty:
             what = "is gone" if self.gone else f"started none within {JOIN_S:g} s"
-            raise RuntimeError(f"no process for rank {self.card.rank}: {self.describe()} {what}") from None
+            text = f"no process for rank {self.card.rank}: {self.describe()} {what}"
+            raise RankError(Verdict(Fault.DIED, [seat.rank], text)) from None
+        self.process.calls, self.process.control = found["calls"], found["control"]
         return self.process
 
     def describe(self) -> str:
@@ -214,13 +245,13 @@ class RemoteProcess(RankProcess):
     """A rank on another host, or of another launched process on this one, as its keeper tells of it."""
 
     def __init__(self, keeper: Keeper, ticket: int) -> None:
-        nowhere, _ = Pipe()  # until the rank's own come
+        nowhere, _ = multiprocessing.Pipe()  # until the rank's own come
         self._board = bytearray(BOARD_BYTES)
         super().__init__(nowhere, nowhere, memoryview(self._board))
         self._keeper, self._standing = keeper, Standing(ticket, 0, None, 0, None, False, 0.0)
         self._asked = 0
         self._told = threading.Condition()
-        self._end, self._end_there = Pipe(duplex=False)
+        self._end, self._end_there = multiprocessing.Pipe(duplex=False)
 
     def take(self, standing: Standing) -> None:
         """What the keeper tells; of a process before this one it does not matter."""
@@ -290,10 +321,10 @@ def keep(card: Card, store: dist.Store) -> int:
         link.send(first)
         return link
 
-    link = connect("keeper", card)
     process: LocalProcess | None = None
     ticket, answers, shown = 0, 0, b""
     try:
+        link = connect("keeper", card)
         while True:
             if link.poll(TELL_S):
                 what, *details = link.recv()
@@ -306,9 +337,9 @@ def keep(card: Card, store: dist.Store) -> int:
                 if what == "start":
                     ticket, seat = details
                     answers = 0
-                    pipes = connect("calls", card.rank), connect("control", card.rank)
+                    calls, control = (connect(name, card.rank, ticket) for name in ("calls", "control"))
                     seat = replace(seat, environment=_environment())
-                    process, shown = start_rank(seat, pipes[:1] * 2, pipes[1:] * 2), b""
+                    process, shown = start_rank(seat, (calls, calls), (control, control)), b""
             if process is not None:
                 board = bytes(process.board)
                 code, stopped, cpu_s = process.exit_code, process.stopped, process.cpu_s
@@ -318,8 +349,8 @@ def keep(card: Card, store: dist.Store) -> int:
                 if code is not None:
                     process.kill()
                     process = None
-    except (EOFError, OSError):
-        print(f"minillm: rank {card.rank} leaves: rank 0 is gone", file=sys.stderr)
+    except (EOFError, OSError) as error:
+        print(f"minillm: rank {card.rank} leaves: rank 0 at {address} is gone ({error})", file=sys.stderr)
         return 1
     finally:
         if process is not None:

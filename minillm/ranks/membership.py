@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minillm.ranks.backend import Backend, choose_backend, loopback_interface
+from minillm.ranks.backend import Backend, choose_backend, interface_towards, loopback_interface
 from minillm.ranks.board import BOARD_BYTES, Board, Operation
 from minillm.ranks.comm import Comm, make_group
 from minillm.ranks.shared import open_shared
@@ -120,14 +120,19 @@ def join(
     store: dist.Store,
     memory: memoryview | bytearray,
     limit: timedelta = FOR_EVER,
+    leader: str = "",
 ) -> RankContext:
-    """Set up torch's default group and the board for this process, and make its context. `nodes` has the host of each rank."""
+    """Set up torch's default group and the board for this process, and make its context. `nodes` has the host of each rank,
+    `leader` the address of rank 0's where there are several.
+    """
     world_size = len(nodes)
     device = backend.device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if len(set(nodes)) == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    elif interface := interface_towards(leader):  # gloo itself takes the one that the host's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     board = Board(memory)
     bound: dict[str, Any] = {"device_id": device} if backend.transport == "nccl" else {}
     world = dist.PrefixStore("world", store)
@@ -145,5 +150,7 @@ def _join_launched_job() -> RankContext:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     scoped = dist.PrefixStore("minillm", store)
-    nodes = tuple(number // local_size for number in range(world_size))
-    return join(rank, nodes, local_rank, choose_backend(local_size), scoped, bytearray(BOARD_BYTES), _UNWATCHED)
+    scoped.set(f"node of {rank}", os.environ.get("GROUP_RANK", str(rank // local_size)))
+    nodes = tuple(int(scoped.get(f"node of {number}")) for number in range(world_size))
+    backend, leader = choose_backend(local_size), os.environ["MASTER_ADDR"]
+    return join(rank, nodes, local_rank, backend, scoped, bytearray(BOARD_BYTES), _UNWATCHED, leader)

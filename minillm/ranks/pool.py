@@ -248,9 +248,9 @@ def _message(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _new_store(address: str) -> dist.TCPStore:
-    """Where ranks find each other: a port of the system's choice, on this interface alone."""
+    """Where ranks find each other: a port of the system's choice, on the loopback interface alone if they are all here."""
     listener = socket.socket()
-    listener.bind((address, 0))
+    listener.bind((address if address == "127.0.0.1" else "", 0))
     listener.listen()
     port = listener.getsockname()[1]
     return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

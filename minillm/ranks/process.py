@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import psutil
 
+JOIN_S = 5.0  # how long killed processes may take to be gone
 _hiding = threading.Lock()
 PRELOAD = ["minillm.ranks.worker", "minillm.parallel.member"]  # what every rank will need
 
@@ -131,11 +133,11 @@ class RankProcess:
             self._outbox.task_done()
         self._outbox.task_done()
 
-    def kill(self) -> None:
+    def kill(self, wait_s: float = JOIN_S) -> None:
         """End the process at once and close its pipes."""
         if self.alive:
             self.end()
-        self.join(5)
+        self.join(wait_s)
         if self._poster is not None:
             self._outbox.put(None)
         self.close_pipes()
@@ -196,8 +198,11 @@ def kill_all(processes: list[RankProcess]) -> None:
     for process in processes:
         if process.alive:
             process.end()
+    deadline = time.monotonic() + JOIN_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
     while processes:
-        processes.pop().kill()
+        processes.pop().kill(0.0)
 
 
 class Here:

@@ -128,7 +128,7 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
         store = dist.TCPStore(seat.store_host, seat.store_port, is_master=False)
         scoped = dist.PrefixStore(str(seat.generation), store)
         memory = memoryview(cast(Any, board.numpy()))
-        here = join(seat.rank, seat.nodes, seat.local_rank, seat.backend, scoped, memory)
+        here = join(seat.rank, seat.nodes, seat.local_rank, seat.backend, scoped, memory, leader=seat.store_host)
     except Exception as error:
         calls.send(("raised", _failure(error)))
         return
@@ -145,12 +145,12 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
 
 def _launcher_names(seat: Seat) -> dict[str, str]:
     """What `torchrun` would say of this rank, for libraries that look there, such as accelerate."""
-    beside = seat.nodes.count(seat.nodes[seat.rank])
+    device = seat.backend.device(seat.local_rank).index  # which is what others take a local rank for
     names = {
         "RANK": seat.rank,
         "WORLD_SIZE": seat.world_size,
-        "LOCAL_RANK": seat.local_rank,
-        "LOCAL_WORLD_SIZE": beside,
+        "LOCAL_RANK": seat.local_rank if device is None else device,
+        "LOCAL_WORLD_SIZE": seat.nodes.count(seat.nodes[seat.rank]),
     }
     return {name: str(value) for name, value in names.items()}
 

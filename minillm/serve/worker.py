@@ -138,7 +138,8 @@ class Worker:
             while inbox:
                 job.deliver(inbox.popleft())
             if job.ended:
-                self._end(job, None)
+                lost = any(request.finish_reason == "failed" for request in with_twins(job.requests))
+                self._end(job, EngineFailed(RuntimeError("the ranks that served this were lost")) if lost else None)
 
     def _end_all(self, error: Exception) -> None:
         for job in list(self._jobs):

@@ -26,12 +26,14 @@ from minillm.policy.options import EngineOptions
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import Event, RequestLife
+from minillm.trace.metrics import Estimate
 from minillm.trace.trace import Category, Kind, MemorySample, Span, Trace
 from minillm.viz.block import Sending, draw_block, sendings, sent_numbers
 from minillm.viz.blocks import BlockMap, draw_blocks, look, split
 from minillm.viz.curve import Point, draw_curve
 from minillm.viz.live import Timeline
 from minillm.viz.memory import draw_memory
+from minillm.viz.queue import LOADS, Measured, draw_bought, draw_routers, draw_waits
 from minillm.viz.requests import _again, _waits, draw_latency, draw_requests
 from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
@@ -426,3 +428,22 @@ def test_the_key_of_several_runs_names_the_colours_of_all() -> None:
     runs = {"one": replace(run_of(1), spans=run_of(1).spans[:5]), "two": run_of(2)}
     keys = [text.get_text() for text in draw_runs(runs, "A finding", "measured").axes[0].get_legend().get_texts()]
     assert keys == ["prefill: reads the prompt", "decode: next tokens", "communication", "waiting"]
+
+
+def test_waits_grow_with_the_load_and_the_guess_stands_beside_them() -> None:
+    runs = [Measured(0.5, [0.1, 0.4, 0.9]), Measured(0.9, [3.0, 5.0, 4.0])]
+    axis = draw_waits(runs, "finding", "caption", guess=4.0).axes[0]
+    worst, middle = (line.get_ydata() for line in axis.lines[:2])
+    assert all(b > a for a, b in zip(middle, middle[1:])) and all(w > m for w, m in zip(worst, middle))
+    assert middle[LOADS.index(0.9)] == pytest.approx(4.5)
+    assert "your guess" in [text.get_text() for text in axis.texts]
+
+
+def test_routers_stand_in_the_order_of_their_tails() -> None:
+    points = {name: [(0.5, Estimate(value, None, value + 1)), (0.9, Estimate(9 * value, 8 * value, None))]
+              for name, value in (("round-robin", 2.0), ("least-tokens", 1.0))}  # fmt: skip
+    axis = draw_routers(points, "finding", "caption").axes[0]
+    heights = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert heights["round-robin"] > heights["least-tokens"]
+    bars = draw_bought({"one": 1.0, "two": 1.1}, {"one": 50, "two": 90}, "finding", "caption").axes
+    assert [text.get_text() for text in bars[1].texts] == ["50 tokens/s", "90 tokens/s"]

@@ -20,6 +20,7 @@ from tiny import make_checkpoint
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
 from minillm.parallel.data import split_evenly
 from minillm.policy.router import Router
+from minillm.ranks.membership import context
 from minillm.trace.life import Event
 from minillm.trace.replay import replay
 from minillm.trace.trace import Kind
@@ -226,6 +227,76 @@ def test_a_request_that_loses_every_replica_it_meets_is_given_up(folder: Path, m
         assert llm.generate([[2]], SamplingParams(max_tokens=3))[0].finish_reason == "length"
 
 
+def _break(instance: str, after: int) -> None:
+    """From the `after`-th step on this rank's first layer raises, as one that has no memory left."""
+    layer = context().held[instance].model.layers[0]
+    forward, calls = type(layer).forward, iter(range(after))
+
+    def failing(*args: object) -> object:
+        if next(calls, None) is None:
+            del layer.forward
+            raise RuntimeError("no memory")
+        return forward(layer, *args)
+
+    layer.forward = failing
+
+
+@pytest.mark.parametrize("layout", ["dp=2", "dp=2,tp=2"])
+def test_a_step_that_raises_moves_its_requests_and_leaves_no_ghosts(one: LLM, folder: Path, layout: str) -> None:
+    """The ranks live on, and what they had is forgotten there: nobody is computed twice, ids may be used again."""
+    prompts, params = [[number, 2] for number in range(8)], MIXED * 2
+    expected = [[sample.token_ids for sample in each.samples] for each in one.generate(prompts, params)]
+    with LLM(folder, layout=layout, device="cpu") as llm:
+        llm.generate(prompts[:2], LONG)
+        for _ in range(4):  # as many as would give a request up, if they were counted together
+            llm.instances[1].ranks.run(_break, llm.instances[1].name, 20)
+            pids = list(llm.instances[1].ranks.pids)
+            with pytest.warns(RuntimeWarning, match="replica 1 was lost, its requests go on at others: "):
+                outputs = llm.generate(prompts, params)
+            assert [[sample.token_ids for sample in each.samples] for each in outputs] == expected
+            for _ in range(100):
+                if not llm.engine.router.lost:
+                    break
+                llm.engine.step()
+            assert llm.instances[1].ranks.pids == pids or layout != "dp=2"
+        outputs = llm.generate(prompts, params)
+        assert [[sample.token_ids for sample in each.samples] for each in outputs] == expected
+        assert {output.metrics.rank for output in outputs} == {0, llm.layout.world_size // 2}
+        assert llm.engine.load.used_blocks == 0 and not any(llm.engine.router.tokens)
+
+
+def test_two_engines_on_the_same_replicas_notice_the_same_loss(one: LLM, folder: Path) -> None:
+    expected = [output.token_ids for output in one.generate([[1], [2]], LONG)]
+    with LLM(folder, layout="dp=2", device="cpu") as llm, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = llm.with_options(EngineOptions(block_size=3))
+        for each in (llm, twin):
+            assert [output.token_ids for output in each.generate([[1], [2]], LONG)] == expected
+        os.kill(llm.instances[0].ranks.pids[0], signal.SIGKILL)
+        for _ in range(2):
+            for each in (llm, twin):
+                assert [output.token_ids for output in each.generate([[1], [2]], LONG)] == expected
+        twin.close()
+
+
+def test_a_router_with_a_mistake_is_told(several: dict[str, LLM]) -> None:
+    class Beyond(Router):
+        def prefer(self, present: list[int], prompt: list[int]) -> int:
+            return len(present)
+
+    class Broken(Router):
+        def prefer(self, present: list[int], prompt: list[int]) -> int:
+            return [][0]
+
+    for router, error, text in (
+        (Beyond, ValueError, "the router chose replica 2; there are 0, 1"),
+        (Broken, IndexError, "list"),
+    ):
+        with pytest.raises(error, match=text):
+            several["dp=2"].with_options(router=router).generate([[1]], LONG)
+    assert several["dp=2"].generate([[1]], LONG)[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_losses(one: LLM, folder: Path, seed: int) -> None:
     """Requests come, are dropped, and replicas are killed at random moments: nobody is lost or answered twice."""
@@ -258,7 +329,7 @@ def test_random_losses(one: LLM, folder: Path, seed: int) -> None:
                 failed += request.finish_reason == "failed"
                 wanted = [tokens[: len(mine)] for tokens, mine in zip(wanted, got)]
             assert got == wanted
-        assert failed <= max(0, len(llm.engine.losses) - 3) * len(streams)
+        assert failed == 0 or len(llm.engine.losses) > 3
         assert llm.engine.load.used_blocks == 0 and not any(llm.engine.router.tokens)
 
 

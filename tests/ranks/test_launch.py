@@ -99,7 +99,7 @@ PROMPTS = [[number, 2, 3] for number in range(6)]
 LONG = SamplingParams(max_tokens=30, ignore_eos=True)
 
 JOB = """
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 import torch, torch.distributed as dist
 from minillm import LLM, RankError, SamplingParams, lead
 from minillm.ranks.membership import context
@@ -135,7 +135,15 @@ def caught(pool, fn):
         return [error.fault.value, error.ranks, str(error).splitlines()[0]]
 
 
+def stranger(said):
+    # somebody who is at the wrong port, and one who says nothing
+    link = socket.create_connection(launch._listener.address)
+    link.sendall(said)
+    return link
+
+
 with lead() as launch:
+    guests = [stranger(b"GET / HTTP/1.1\\r\\n\\r\\n" * 20), stranger(b"")]
     found = {"hosts": [[card.rank, card.node, card.local_rank] for card in launch.cards]}
     try:
         LLM(checkpoint, "tp=2", "cpu", ranks=launch)
