@@ -58,10 +58,10 @@ def draw_waits(runs: Sequence[Measured], finding: str, caption: str, guess: floa
             100 * run.load, mean(run.waits), yerr=run.error, fmt="o", color=DECODE, markersize=7, capsize=3, zorder=3
         )
     if runs:
-        first = runs[0]
+        last = max(runs, key=lambda run: run.load)
         axis.annotate(
-            "measured mean", (100 * first.load, mean(first.waits)), xytext=(-8, 12), textcoords="offset points", ha="right",
-            color=DECODE, fontsize=9.5,
+            "measured mean", (100 * last.load, mean(last.waits)), xytext=(9, -3), textcoords="offset points", color=DECODE,
+            fontsize=9.5, va="center",
         )  # fmt: skip
     if guess is not None:
         level = min(guess * mean_wait(0.5), 27.0)
@@ -111,6 +111,6 @@ def draw_bought(answer_s: Mapping[str, float], tokens_per_s: Mapping[str, float]
             axis.text(values[name] + most * 0.02, row, f"{plain(values[name])} {unit}", va="center", fontsize=9.5)
         axis.set_yticks(range(len(names)), names)
         axis.tick_params(axis="y", length=0)
-        axis.set(xlabel=unit, xlim=(0, most * 1.3), ylim=(len(names) - 0.4, -0.6))
+        axis.set(xlabel=unit, xlim=(0, most * 1.38), ylim=(len(names) - 0.4, -0.6))
         axis.set_title(title, loc="left", fontsize=10.5)
     return frame(figure, finding, caption)

@@ -66,6 +66,7 @@ def _draw_life(
 def _waits(trace: Trace, life: RequestLife) -> list[tuple[float, float]]:
     """Stretches between its first and last token in which only others were served, and those without its blocks."""
     first, last = life.token_s[0], life.token_s[-1]
+    first = max([first, *(when for what, when in life.moments if what is Event.MOVED)])  # what a lost rank did is lost
     others: list[tuple[float, float]] = []
     going_on = False
     ranks = {span.rank for span in trace.spans if life.request_id in span.request_ids}  # of the replica that has it

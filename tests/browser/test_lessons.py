@@ -359,3 +359,23 @@ def test_lesson_07(browser: Any, lab: str) -> None:
     card.screenshot(path=SHOTS / "07-moved.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_08(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "08_data_and_queues.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "08")
+    ask = page.locator(".minillm-card", has_text="how many times longer is the mean wait")
+    assert "service times" not in ask.first.inner_text() + ask.last.inner_text()
+    area = ask.first.locator(".minillm-guess-axis").bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.3, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert "4.5 at 90 %" in ask.last.inner_text()
+    assert ask.last.locator("img").is_visible()
+    ask.last.screenshot(path=SHOTS / "08-waits.png")
+    guess_a_factor(page, page.locator(".minillm-card", has_text="how many times sooner is a single answer"), 0.5)
+    card = turn(page, "Which router?", "all 100 tokens", "long and short in turns")
+    card.screenshot(path=SHOTS / "08-moved.png")
+    assert page.broken == []
+    page.close()

@@ -46,6 +46,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     ARGMAX,
     MLP,
     HEADS,
+    WAITS,
+    REPLICAS,
+    ROUTER,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -73,6 +76,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "07.argmax",
         "07.mlp",
         "07.heads",
+        "08.waits",
+        "08.replicas",
+        "08.router",
     )  # fmt: skip
 )
 
@@ -182,6 +188,16 @@ WRONG = {
     "07.heads, without its KV head": ("07.heads", HEADS.replace("range(group * head, group * (head + 1))", "range(group * head + 1, group * (head + 1) + 1)"), ["4 query and 2 KV heads on 1 rank: rank 0 computes query head 4, which needs KV head 2; it caches [0, 1]"]),
     "07.heads, one too few": ("07.heads", HEADS.replace("range(group * head, group * (head + 1))", "range(group * head, group * (head + 1) - 1)"), ["4 query and 2 KV heads on 1 rank: query head 1 is computed 0 times; once is right"]),
     "06.ring, all to rank 0 and back": ("06.ring", STAR, ["It took 24 bytes from the busiest rank; the target is 16, 1.5× as much"]),
+    "08.waits, the server is always busy": ("08.waits", WAITS.replace("max(time, free)", "free"), ["one request: request 0 waits: expected 0, got -3"]),
+    "08.waits, no service": ("08.waits", WAITS.replace("free = begin + service", "free = begin"), ["two at once: request 1 waits: expected 2, got 0"]),
+    "08.waits, one too few": ("08.waits", WAITS.replace("return result", "return result[1:]"), ["one request: request 0 waits: expected 0"]),
+    "08.replicas, as many as are busy": ("08.replicas", "def replicas(rate, service_s, limit_s):\n    return math.ceil(rate * service_s)", ["10 requests/s of 0.5 s, 1 s: expected 7, got 5"]),
+    "08.replicas, one too many": ("08.replicas", REPLICAS.replace("return count", "return count + 1"), ["expected 1, got 2, in replicas(1.0, 0.5, 0.3)"]),
+    "08.replicas, half the formula": ("08.replicas", REPLICAS.replace("(2 * (1 - busy))", "(1 - busy)"), ["expected 1, got 2, in replicas(1.0, 0.5, 0.3)"]),
+    "08.router, requests counted": ("08.router", ROUTER.replace("+= tokens", "+= 1").replace("-= tokens", "-= 1"), ["a long request, then three short ones, 2 replicas: the results are right. It took 98 ms of waiting", "the target is 20, 4.9× as much"]),
+    "08.router, nowhere": ("08.router", ROUTER.replace("return replica", "return None"), ["request 0: arrived returned None; return a replica, 0 … 1"]),
+    "08.router, a replica too far": ("08.router", ROUTER.replace("return replica", "return replica + 1"), ["arrived returned 2; return a replica, 0 … 1"]),
+    "08.router, all to one": ("08.router", ROUTER.replace("replica = self.outstanding.index(min(self.outstanding))", "replica = 0"), ["It took 117 ms of waiting"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 
