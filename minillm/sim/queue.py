@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -35,6 +36,7 @@ def mean_wait(load: float) -> float:
     return load / 2 / (1 - load)
 
 
+@cache
 def wait_percentile(load: float, percent: float, draws: int = 400_000, seed: int = 0) -> float:
     """What `percent` of requests wait at most in such a queue, in service times, from as many that are drawn."""
     mean_wait(load)

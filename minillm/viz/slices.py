@@ -2,71 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from minillm.hardware.devices import Device, Link
-from minillm.model.config import DTYPE_BYTES, ModelConfig
-from minillm.model.cost import USABLE
-from minillm.parallel.balance import predict_costs
+from minillm.model.config import ModelConfig
 from minillm.parallel.layout import Layout
-from minillm.parallel.shards import Shard
-from minillm.trace.collectives import ALGORITHMS
+from minillm.parallel.plan import Load, StepTime, step_time
 from minillm.viz.style import COMMUNICATION, DECODE, FAINT, PREFILL, frame, legend, new_figure
 from minillm.viz.words import plain, time_unit
 
 COUNTS = (1, 2, 4, 8, 16)
 
 
-@dataclass(frozen=True)
-class Load:
-    """What a step takes in: `tokens` new ones of each of some `sequences`, after `context` others."""
-
-    sequences: int
-    tokens: int
-    context: int
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step: what the fullest rank computes, and what all ranks wait for the sums."""
-
-    computed_s: float
-    summed_s: float
-    fits: bool = True  # whether the fullest rank's weights are within what is used of a device's memory
-
-    @property
-    def total_s(self) -> float:
-        """A block begins when the sum of the one before is there, so that they add."""
-        return self.computed_s + self.summed_s
-
-
-def step_time(count: int, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load) -> StepTime:
-    """By the roofline, with tp=`count`; 2 sums a layer and the embedding's, each by the algorithm that is fastest then."""
-    shards = [Shard(config, Layout(tp=count), rank) for rank in range(count)]
-    parts = {(len(shard.heads), len(shard.kv_heads), len(shard.columns), len(shard.vocabulary)) for shard in shards}
-    computed_s = max(_computed_s(config, part, device, dtype, load) for part in parts)
-    message = load.sequences * load.tokens * config.hidden_size * DTYPE_BYTES[dtype]
-    one_sum = min(algorithm(count, message, link) for algorithm in ALGORITHMS.values())
-    weights = max(shard.weight_bytes(DTYPE_BYTES[dtype]) for shard in shards)
-    return StepTime(computed_s, (2 * config.layers + 1) * one_sum, weights <= USABLE * device.memory_bytes)
-
-
-def _computed_s(config: ModelConfig, part: tuple[int, int, int, int], device: Device, dtype: str, load: Load) -> float:
-    heads, kv_heads, columns, words = part
-    mine = replace(config, heads=heads, kv_heads=kv_heads, intermediate_size=columns, vocab_size=words)
-    costs = predict_costs(mine, device, dtype, load.sequences, load.tokens, load.context)
-    return costs.embedding_s + config.layers * costs.layer_s + costs.head_s
-
-
 def draw_slices(device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, caption: str) -> Figure:
-    """A bar for each number of devices, computing and sums, hatched where the weights do not fit. The dotted line is the least
+    """A bar for each number of devices, computing and sums, hatched where weights and KV do not fit. The dotted line is the least
     number that holds them. For single tokens it is any pipeline too; a prompt may go through one in pieces.
     """
     counts = [count for count in COUNTS if count <= config.heads]
-    times = [step_time(count, device, link, config, dtype, load) for count in counts]
+    times = [step_time(Layout(tp=count), device, link, config, dtype, load) for count in counts]
     least = next((row for row, time in enumerate(times) if time.fits), None)
     colour = DECODE if load.tokens == 1 else PREFILL
     scale, unit = time_unit(max(time.total_s for time in times))

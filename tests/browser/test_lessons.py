@@ -129,6 +129,10 @@ def test_lesson_00(browser: Any, lab: str) -> None:
     page.close()
 
 
+everything = pytest.mark.skipif(not os.environ.get("MINILLM_ALL_LESSONS"), reason="a longer run: make soak")
+
+
+@everything
 def test_lesson_01(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "01_one_device.ipynb")
     assert page.locator(".minillm-card").count() == 0
@@ -168,9 +172,6 @@ def test_lesson_01(browser: Any, lab: str) -> None:
     page.screenshot(path=SHOTS / "01-moved.png")
     assert page.broken == []
     page.close()
-
-
-everything = pytest.mark.skipif(not os.environ.get("MINILLM_ALL_LESSONS"), reason="a longer run: make soak")
 
 
 def choose(page: Any, card: Any, label: str, value: str, place: int = 0) -> float:
@@ -373,6 +374,7 @@ def test_lesson_08(browser: Any, lab: str) -> None:
     ask.first.locator("button", has_text="That is my guess").click()
     assert "4.5 at 90 %" in ask.last.inner_text()
     assert ask.last.locator("img").is_visible()
+    page.wait_for_timeout(1500)  # the guess is drawn into the picture
     ask.last.screenshot(path=SHOTS / "08-waits.png")
     guess_a_factor(page, page.locator(".minillm-card", has_text="how many times sooner is a single answer"), 0.5)
     card = turn(page, "Which router?", "all 100 tokens", "long and short in turns")

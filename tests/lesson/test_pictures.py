@@ -20,7 +20,8 @@ from minillm import RankError, Ranks
 from minillm.hardware.devices import DEVICES, find_device, find_link
 from minillm.model.shapes import SHAPES
 from minillm.parallel.balance import predict_costs
-from minillm.parallel.layout import share
+from minillm.parallel.layout import Layout, share
+from minillm.parallel.plan import Load, step_time
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import ScheduledRequest
@@ -39,7 +40,7 @@ from minillm.viz.ring import RingView
 from minillm.viz.roofline import draw_roofline, measured_dots
 from minillm.viz.room import draw_room, sequences_at_a_time
 from minillm.viz.seats import busy_share, draw_seats, take_seats
-from minillm.viz.slices import Load, draw_slices, step_time
+from minillm.viz.slices import draw_slices
 from minillm.viz.style import new_figure, png
 from minillm.viz.timeline import draw_runs, draw_timeline, memory_steps
 from minillm.viz.traffic import draw_traffic, traffic_of
@@ -407,11 +408,11 @@ def test_a_block_gives_the_whole_result_with_the_collectives_that_are_drawn(
 def test_slices_over_devices_stop_helping_where_sums_cost_more() -> None:
     """By hand for one token on two A100s over NVLink: half of the weights to read, and 65 sums of 8 KB."""
     config, device, load = SHAPES["Llama-3.1-8B"], find_device("A100 80GB"), Load(1, 1, 0)
-    one, two = (step_time(count, device, find_link("NVLink 3"), config, "float16", load) for count in (1, 2))
+    one, two = (step_time(Layout(tp=count), device, find_link("NVLink 3"), config, "float16", load) for count in (1, 2))
     assert one.summed_s == 0 and two.computed_s == pytest.approx(one.computed_s / 2, rel=0.01)
     assert two.summed_s == pytest.approx(65 * (2e-6 + 8192 / 300e9), rel=0.01)  # both send all they have, once
     small = SHAPES["SmolLM2-135M"]
-    uneven = step_time(4, device, find_link("NVLink 3"), small, "float16", Load(1, 2048, 0)).computed_s
+    uneven = step_time(Layout(tp=4), device, find_link("NVLink 3"), small, "float16", Load(1, 2048, 0)).computed_s
     fullest = replace(small, heads=3, kv_heads=1, intermediate_size=384, vocab_size=12288)  # ranks 2 and 3 of 4
     costs = predict_costs(fullest, device, "float16", 1, 2048)
     assert uneven == pytest.approx(costs.embedding_s + 30 * costs.layer_s + costs.head_s)

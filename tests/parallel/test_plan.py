@@ -1,0 +1,57 @@
+"""Plans against what they must be by hand, and against each other."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillm.hardware.devices import Link, find_device, find_link
+from minillm.model.shapes import SHAPES
+from minillm.parallel.balance import predict_costs
+from minillm.parallel.hybrid import factorisations
+from minillm.parallel.layout import Layout
+from minillm.parallel.plan import Load, fullest_bytes, step_time
+
+LLAMA, H100, NVLINK = SHAPES["Llama-3.1-8B"], find_device("H100"), find_link("NVLink 4")
+FREE = Link("no delay", 1e30, 0.0, "")
+
+
+@given(st.integers(1, 8), st.integers(1, 64), st.sampled_from([1, 256]))
+def test_replicas_take_what_one_takes_of_its_share(dp: int, sequences: int, tokens: int) -> None:
+    alone = step_time(Layout(), H100, NVLINK, LLAMA, "bfloat16", Load(-(-sequences // dp), tokens, 100))
+    assert step_time(Layout(dp=dp), H100, NVLINK, LLAMA, "bfloat16", Load(sequences, tokens, 100)) == alone
+
+
+def test_one_request_gets_nothing_from_stages_and_pays_for_hops() -> None:
+    one = step_time(Layout(), H100, NVLINK, LLAMA, "bfloat16", Load(1, 1, 1000))
+    four = step_time(Layout(pp=4), H100, NVLINK, LLAMA, "bfloat16", Load(1, 1, 1000))
+    assert four.computed_s == pytest.approx(one.computed_s)
+    assert four.sent_s == pytest.approx(4 * NVLINK.time_s(2 * 4096))  # three hidden states, and the way back
+
+
+def test_many_prompts_fill_a_pipeline() -> None:
+    """All stages for the first prompt, and the slowest stage, the one with the LM head, for each behind it."""
+    costs = predict_costs(LLAMA, H100, "bfloat16", 1, 512)
+    layers = 32 * costs.layer_s
+    one = step_time(Layout(), H100, FREE, LLAMA, "bfloat16", Load(16, 512, 0)).total_s
+    four = step_time(Layout(pp=4), H100, FREE, LLAMA, "bfloat16", Load(16, 512, 0)).total_s
+    assert one == pytest.approx(16 * (layers + costs.embedding_s + costs.head_s), rel=0.2)  # one by one, or together
+    assert four == pytest.approx(layers + costs.embedding_s + costs.head_s + 15 * (layers / 4 + costs.head_s))
+
+
+@pytest.mark.parametrize("load", [Load(1, 1, 1000), Load(64, 1, 1000), Load(8, 512, 0)])
+def test_a_free_link_makes_no_layout_slower_than_one_device(load: Load) -> None:
+    one = step_time(Layout(), H100, FREE, LLAMA, "bfloat16", load).total_s
+    for layout in factorisations(8):
+        assert step_time(layout, H100, FREE, LLAMA, "bfloat16", load).total_s <= 1.001 * one, layout
+
+
+def test_memory_of_the_fullest_rank() -> None:
+    weights = 2 * LLAMA.parameters
+    cached = 64 * 1001 * 2 * 32 * 8 * 128 * 2
+    load = Load(64, 1, 1000)
+    assert fullest_bytes(Layout(), LLAMA, "bfloat16", load) == pytest.approx(weights + cached)
+    assert fullest_bytes(Layout(dp=4), LLAMA, "bfloat16", load) == pytest.approx(weights + cached / 4)
+    assert fullest_bytes(Layout(tp=4), LLAMA, "bfloat16", load) == pytest.approx((weights + cached) / 4, rel=0.01)
+    assert not step_time(Layout(), find_device("T4"), NVLINK, LLAMA, "float16", load).fits
