@@ -42,13 +42,15 @@ class StepTime:
         return self.computed_s + self.summed_s + self.sent_s
 
 
-def step_time(layout: Layout, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load) -> StepTime:
+def step_time(
+    layout: Layout, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, hops: Link | None = None
+) -> StepTime:
     """Requests are dealt out to the replicas, and those of a replica into groups that follow one another through its stages.
 
     In decode as many groups as stages are under way, and a group's next step begins when its last token is there: a round
     lasts as long as a group needs for all stages, or a stage for all groups. In prefill a group is one prompt, and the last
     one is through when it has passed all stages behind the others (GPipe, section 2.3). 2 sums a layer and the embedding's,
-    each by the algorithm that is fastest then.
+    each by the algorithm that is fastest then. Sums go by `link`, hidden states by `hops` where that is another one.
     """
     size, mine = DTYPE_BYTES[dtype], -(-load.sequences // layout.dp)
     groups = min(layout.pp, mine) if load.tokens == 1 else mine
@@ -59,7 +61,7 @@ def step_time(layout: Layout, device: Device, link: Link, config: ModelConfig, d
     computed = [_computed_s(layout, stage, device, config, dtype, group) for stage in range(layout.pp)]
     summed = [(2 * layers + (stage == 0)) * one_sum for stage, layers in enumerate(stages)]
     busiest = max(range(layout.pp), key=lambda stage: computed[stage] + summed[stage])
-    hop = link.time_s(message) if layout.pp > 1 else 0.0
+    hop = (hops or link).time_s(message) if layout.pp > 1 else 0.0
     one_by_one = StepTime(sum(computed), sum(summed), layout.pp * hop)
     if load.tokens == 1:
         together = StepTime(groups * computed[busiest], groups * summed[busiest])
