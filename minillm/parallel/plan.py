@@ -8,6 +8,10 @@ changed by it. The file runs nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
 
 from minillm.hardware.devices import Device, Link
 from minillm.model.config import DTYPE_BYTES, ModelConfig
@@ -42,37 +46,70 @@ class StepTime:
         return self.computed_s + self.summed_s + self.sent_s
 
 
-def step_time(
-    layout: Layout, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, hops: Link | None = None
-) -> StepTime:
+@dataclass(frozen=True)
+class StepPlan:
+    """A step on a layout as far as it does not depend on links: seconds that the slowest rank of each stage computes for a
+    group, sums in each stage, bytes of what is summed or sent on, and how many groups follow one another.
+    """
+
+    layout: Layout
+    decode: bool
+    groups: int
+    computed_s: tuple[float, ...]
+    sums: tuple[int, ...]
+    message: int
+
+    def time(self, link: Link, hops: Link | None = None) -> StepTime:
+        """With sums by `link`, and hidden states by `hops` where that is another one."""
+        one_sum = min(algorithm(self.layout.tp, self.message, link) for algorithm in ALGORITHMS.values())
+        summed = [count * one_sum for count in self.sums]
+        hop = (hops or link).time_s(self.message) if self.layout.pp > 1 else 0.0
+        busiest = max(range(self.layout.pp), key=lambda stage: self.computed_s[stage] + summed[stage])
+        first = StepTime(sum(self.computed_s), sum(summed), self.layout.pp * hop)
+        if self.decode:
+            together = StepTime(self.groups * self.computed_s[busiest], self.groups * summed[busiest])
+            return max(first, together, key=lambda time: time.total_s)
+        behind = self.groups - 1
+        return StepTime(
+            first.computed_s + behind * self.computed_s[busiest],
+            first.summed_s + behind * summed[busiest],
+            (self.layout.pp - 1) * hop,
+        )
+
+    def total_s(self, speed: Any, link: Link) -> Any:
+        """The same in all, on devices that are `speed` times as fast, for whole arrays of speeds and of the link's figures."""
+        sums = [algorithm(self.layout.tp, self.message, link) for algorithm in ALGORITHMS.values()]
+        one_sum = reduce(np.minimum, sums)
+        hop = link.time_s(self.message) if self.layout.pp > 1 else 0.0
+        stages = [own / speed + count * one_sum for own, count in zip(self.computed_s, self.sums)]
+        first, busiest = sum(stages), reduce(np.maximum, stages)
+        if self.decode:
+            return np.maximum(first + self.layout.pp * hop, self.groups * busiest)
+        return first + (self.groups - 1) * busiest + (self.layout.pp - 1) * hop
+
+
+def plan_step(layout: Layout, device: Device, config: ModelConfig, dtype: str, load: Load) -> StepPlan:
     """Requests are dealt out to the replicas, and those of a replica into groups that follow one another through its stages.
 
     In decode as many groups as stages are under way, and a group's next step begins when its last token is there: a round
     lasts as long as a group needs for all stages, or a stage for all groups. In prefill a group is one prompt, and the last
     one is through when it has passed all stages behind the others (GPipe, section 2.3). 2 sums a layer and the embedding's,
-    each by the algorithm that is fastest then. Sums go by `link`, hidden states by `hops` where that is another one.
+    each by the algorithm that is fastest then.
     """
-    size, mine = DTYPE_BYTES[dtype], -(-load.sequences // layout.dp)
+    mine = -(-load.sequences // layout.dp)
     groups = min(layout.pp, mine) if load.tokens == 1 else mine
     group = replace(load, sequences=-(-mine // groups))
-    message = group.sequences * group.tokens * config.hidden_size * size
-    one_sum = min(algorithm(layout.tp, message, link) for algorithm in ALGORITHMS.values())
-    stages = [len(layout.layers(config.layers, stage)) for stage in range(layout.pp)]
-    computed = [_computed_s(layout, stage, device, config, dtype, group) for stage in range(layout.pp)]
-    summed = [(2 * layers + (stage == 0)) * one_sum for stage, layers in enumerate(stages)]
-    busiest = max(range(layout.pp), key=lambda stage: computed[stage] + summed[stage])
-    hop = (hops or link).time_s(message) if layout.pp > 1 else 0.0
-    one_by_one = StepTime(sum(computed), sum(summed), layout.pp * hop)
-    if load.tokens == 1:
-        together = StepTime(groups * computed[busiest], groups * summed[busiest])
-        found = max(one_by_one, together, key=lambda time: time.total_s)
-    else:
-        behind = groups - 1
-        found = StepTime(
-            one_by_one.computed_s + behind * computed[busiest],
-            one_by_one.summed_s + behind * summed[busiest],
-            (layout.pp - 1) * hop,
-        )
+    message = group.sequences * group.tokens * config.hidden_size * DTYPE_BYTES[dtype]
+    computed = tuple(_computed_s(layout, stage, device, config, dtype, group) for stage in range(layout.pp))
+    sums = tuple(2 * len(layout.layers(config.layers, stage)) + (stage == 0) for stage in range(layout.pp))
+    return StepPlan(layout, load.tokens == 1, groups, computed, sums, message)
+
+
+def step_time(
+    layout: Layout, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, hops: Link | None = None
+) -> StepTime:
+    """A planned step (`plan_step`), and whether the fullest rank has the room for it."""
+    found = plan_step(layout, device, config, dtype, load).time(link, hops)
     return replace(found, fits=fullest_bytes(layout, config, dtype, load) <= USABLE * device.memory_bytes)
 
 

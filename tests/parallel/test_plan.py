@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +14,7 @@ from minillm.model.shapes import SHAPES
 from minillm.parallel.balance import predict_costs
 from minillm.parallel.hybrid import factorisations
 from minillm.parallel.layout import Layout
-from minillm.parallel.plan import Load, fullest_bytes, step_time
+from minillm.parallel.plan import Load, fullest_bytes, plan_step, step_time
 
 LLAMA, H100, NVLINK = SHAPES["Llama-3.1-8B"], find_device("H100"), find_link("NVLink 4")
 FREE = Link("no delay", 1e30, 0.0, "")
@@ -55,3 +58,16 @@ def test_memory_of_the_fullest_rank() -> None:
     assert fullest_bytes(Layout(dp=4), LLAMA, "bfloat16", load) == pytest.approx(weights + cached / 4)
     assert fullest_bytes(Layout(tp=4), LLAMA, "bfloat16", load) == pytest.approx((weights + cached) / 4, rel=0.01)
     assert not step_time(Layout(), find_device("T4"), NVLINK, LLAMA, "float16", load).fits
+
+
+@pytest.mark.parametrize("load", [Load(1, 1, 1000), Load(64, 1, 1000), Load(8, 512, 0)])
+def test_a_grid_holds_what_each_of_its_points_takes(load: Load) -> None:
+    speeds, rates = np.array([[0.1, 1.0, 3.0]]), np.array([[1e8], [1e10], [4e11]])
+    for layout in factorisations(8):
+        plan = plan_step(layout, H100, LLAMA, "bfloat16", load)
+        grid = plan.total_s(speeds, Link("", rates, 1e-5, ""))  # type: ignore[arg-type]
+        for row, rate in enumerate(rates[:, 0]):
+            for column, speed in enumerate(speeds[0]):
+                slower = replace(plan, computed_s=tuple(own / speed for own in plan.computed_s))
+                one = slower.time(Link("", rate, 1e-5, "")).total_s
+                assert np.broadcast_to(grid, (3, 3))[row, column] == pytest.approx(one)
