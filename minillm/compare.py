@@ -22,8 +22,8 @@ from minillm.hardware.machine import usable_cores
 from minillm.llm import LLM
 from minillm.model.config import DTYPE_BYTES, ModelConfig
 from minillm.model.sampling import SamplingParams
-from minillm.parallel.data import start_pools
 from minillm.parallel.hybrid import fitting
+from minillm.parallel.instance import start_pools
 from minillm.parallel.layout import Layout
 from minillm.parallel.shards import Shard
 from minillm.policy.options import EngineOptions

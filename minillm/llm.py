@@ -24,11 +24,12 @@ from minillm.model.placement import choose_device, choose_dtype, one_thread
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
-from minillm.parallel.data import Replicas, start_pools, start_replicas
+from minillm.parallel.data import Replicas
 from minillm.parallel.hybrid import fill
-from minillm.parallel.instance import Instance, RemoteEngine
+from minillm.parallel.instance import Instance, start_pools, start_replicas
 from minillm.parallel.layout import Layout
 from minillm.parallel.member import score
+from minillm.parallel.remote import RemoteEngine
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
 from minillm.policy.router import Router, make_router

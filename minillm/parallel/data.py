@@ -14,20 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing.connection import wait
-from pathlib import Path
-
-import torch
 
 from minillm.engine.request import Piece, Request, with_twins
-from minillm.parallel.instance import WAIT_S, Instance, RemoteEngine, check_ranks
-from minillm.parallel.layout import Layout
-from minillm.parallel.sharing import share_weights
+from minillm.parallel.instance import Instance
+from minillm.parallel.remote import WAIT_S, RemoteEngine
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.router import Router
-from minillm.ranks.pool import Ranks
 from minillm.ranks.signals import uninterrupted
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
@@ -249,41 +243,6 @@ class Replicas:
             for replica in self.router.lost:
                 self._restart(replica)
             raise next(error for error in self._gone.values() if error is not None)
-
-
-def start_pools(layout: Layout, device: str) -> list[Ranks]:
-    """Ranks for each replica of a layout, which share the GPUs of this host."""
-    size = layout.world_size // layout.dp
-    return [Ranks(size, device=device, beside=(n * size, layout.world_size)) for n in range(layout.dp)]
-
-
-def start_replicas(
-    folder: Path, layout: Layout, device: torch.device, dtype: torch.dtype, pools: Sequence[Ranks]
-) -> list[Instance]:
-    """An instance on each of the `pools`. On a CPU the first one reads the checkpoint, and the others take it from memory.
-
-    Raises `ValueError` for other pools than one of its own for each replica, of the size that the layout gives it.
-    """
-    for pool in pools:
-        check_ranks(pool, layout, device)
-    if len({id(pool) for pool in pools}) != layout.dp:
-        raise ValueError(
-            f"layout {str(layout)!r} has {layout.dp} replicas, each on ranks of its own, but there are {len({id(pool) for pool in pools})}: "
-            f"give ranks=[Ranks({layout.world_size // layout.dp}), …], or leave it out"
-        )
-    alone = replace(layout, dp=1)
-    with ThreadPoolExecutor(len(pools)) as together:
-        for _ in together.map(Ranks.start, pools):
-            pass
-        one_host = len({place.node for pool in pools for place in pool.places}) == 1
-        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.dp > 1 and one_host else None
-        first = Instance(pools[0], folder, alone, device, dtype, shared)
-        if shared is not None:
-            shared = replace(shared, filled=True) if all(part.shared_bytes for part in first.loaded) else None
-        others = list(together.map(lambda pool: Instance(pool, folder, alone, device, dtype, shared), pools[1:]))
-    for instance in [first, *others]:
-        instance.shared = shared and replace(shared, passing=())  # for ranks that start again
-    return [first, *others]
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:

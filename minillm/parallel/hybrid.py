@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from minillm.model.config import DTYPE_BYTES, ModelConfig
 from minillm.parallel.layout import Layout
-from minillm.ranks.launch import Card, Launch
+from minillm.ranks.keeper import Card
+from minillm.ranks.launch import Launch
 from minillm.ranks.pool import Ranks
 from minillm.trace.collectives import ring_share
 

@@ -1,0 +1,110 @@
+"""What the launching process and the ranks of an instance tell each other: requests that come, what they got, what was seen."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minillm.engine.engine import Engine
+from minillm.engine.intake import Intake
+from minillm.engine.request import Piece, number
+from minillm.model.sampling import SamplingParams
+from minillm.policy.request import Load
+from minillm.trace.life import Event
+from minillm.trace.trace import MemorySample, Span
+
+Message = Callable[[Engine, Intake], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank says of its part of the model."""
+
+    bytes_read: int
+    weight_bytes: int
+    shared_bytes: int = 0  # of the weights, with other replicas
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a call is recorded. `fresh`: it begins a trace. `live`: every span is reported at once. With `details` steps are
+    cut where something is sent. With `baton`, the path of a file, one rank computes at a time.
+    """
+
+    fresh: bool = True
+    timing: bool = True
+    activations: bool = False
+    details: bool = False
+    live: bool = False
+    baton: str | None = None
+
+
+@dataclass(frozen=True)
+class Added:
+    """A request that comes in: what `intake` needs to make it again, and its number.
+
+    One that another engine has begun brings the tokens that it was given, which of the samples it is, and its life.
+    """
+
+    request_id: int
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    priority: float
+    arrived_s: float
+    given: tuple[int, ...] = ()
+    sample: int = 0
+    moments: tuple[tuple[Event, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a step gave a request: the piece, and the moments of its life from the `since`-th on."""
+
+    piece: Piece
+    since: int
+    moments: tuple[tuple[Event, float], ...]
+    reused_tokens: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What rank 0 tells after each step."""
+
+    told: list[Told]
+    load: Load
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Spans and memory that a rank has recorded."""
+
+    spans: list[Span]
+    memory: list[MemorySample]
+
+
+def add(each: list[Added]) -> Message:
+    """A message for rank 0: requests that come in."""
+
+    def message(engine: Engine, intake: Intake) -> None:
+        for added in each:
+            request = intake.request(added.index, added.prompt, added.params, deque())
+            request.scheduled.priority, request.sample = added.priority, added.sample
+            number([request], added.request_id)
+            for token_id in added.given:
+                request.scheduled.tokens.append(token_id)
+                request.take(token_id, added.arrived_s)
+            request.life.moments = list(added.moments)
+            engine.add([request], added.arrived_s)
+
+    return message
+
+
+def cancel(request_ids: list[int]) -> Message:
+    """A message for rank 0: requests that nobody wants any more."""
+
+    def message(engine: Engine, intake: Intake) -> None:
+        engine.cancel([engine.requests[each] for each in request_ids if each in engine.requests])
+
+    return message
