@@ -75,6 +75,7 @@ LINKS: dict[str, Link] = {
         Link("NVLink 4", 450 * GB, 2e-6, "NVIDIA H100 SXM datasheet: 900 GB/s both ways; latency a round figure"),
         Link("NVLink 3", 300 * GB, 2e-6, "NVIDIA A100 SXM datasheet: 600 GB/s both ways; latency a round figure"),
         Link("PCIe 5 x16", 63 * GB, 5e-6, "PCI-SIG: 32 GT/s on 16 lanes, 128b/130b; latency a round figure"),
+        Link("PCIe 3 x16", 15.75 * GB, 5e-6, "PCI-SIG: 8 GT/s on 16 lanes, 128b/130b; latency a round figure"),
         Link("PCIe 4 x16", 31.5 * GB, 5e-6, "PCI-SIG: 16 GT/s on 16 lanes, 128b/130b; latency a round figure"),
         Link("400 Gbit/s", 50 * GB, 5e-6, "line rate; latency a round figure for InfiniBand"),
         Link("100 Gbit/s", 12.5 * GB, 10e-6, "line rate; latency a round figure for Ethernet with RDMA"),

@@ -17,4 +17,5 @@ SHAPES: dict[str, ModelConfig] = {
     "Llama-2-7B": _llama(32000, 4096, 11008, 32, 32, 32, 4096),  # Touvron et al., 2023: no GQA
     "Llama-3.1-8B": _llama(128256, 4096, 14336, 32, 32, 8, 131072),  # The Llama 3 Herd of Models, table 3
     "Llama-3.1-70B": _llama(128256, 8192, 28672, 80, 64, 8, 131072),
+    "Llama-3.1-405B": _llama(128256, 16384, 53248, 126, 128, 8, 131072),
 }

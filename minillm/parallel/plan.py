@@ -7,6 +7,7 @@ changed by it. The file runs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -18,6 +19,7 @@ from minillm.model.config import DTYPE_BYTES, ModelConfig
 from minillm.model.cost import USABLE
 from minillm.parallel.balance import predict_costs
 from minillm.parallel.layout import Layout
+from minillm.parallel.numbering import ORDER, crossing
 from minillm.parallel.shards import Shard
 from minillm.trace.collectives import ALGORITHMS
 
@@ -113,11 +115,33 @@ def step_time(
     return replace(found, fits=fullest_bytes(layout, config, dtype, load) <= USABLE * device.memory_bytes)
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Devices in hosts of `size`: a fast link inside each, a slower one between them."""
+
+    device: Device
+    size: int
+    inside: Link
+    between: Link
+
+    def link(self, layout: Layout, axis: str, order: Sequence[str] = ORDER) -> Link:
+        """What messages along an axis go by: as soon as one line of it leaves a host, everybody waits for that one."""
+        return self.between if crossing(layout, axis, self.size, order) else self.inside
+
+    def step_time(
+        self, layout: Layout, config: ModelConfig, dtype: str, load: Load, order: Sequence[str] = ORDER
+    ) -> StepTime:
+        """A planned step on them, with ranks numbered in an order of axes."""
+        sums, hops = self.link(layout, "tp", order), self.link(layout, "pp", order)
+        return step_time(layout, self.device, sums, config, dtype, load, hops)
+
+
 def fullest_bytes(layout: Layout, config: ModelConfig, dtype: str, load: Load) -> float:
     """Weights of the fullest rank of a replica, and its part of the KV of the requests there."""
     size, mine = DTYPE_BYTES[dtype], -(-load.sequences // layout.dp)
     cached = mine * (load.context + load.tokens) * 2 * config.head_dim * size
-    shards = [Shard(config, replace(layout, dp=1), rank) for rank in range(layout.pp * layout.tp)]
+    all_shards = [Shard(config, replace(layout, dp=1), rank) for rank in range(layout.pp * layout.tp)]
+    shards = {shard.extent: shard for shard in all_shards}.values()  # one of each kind
     return max(shard.weight_bytes(size) + cached * len(shard.layers) * len(shard.kv_heads) for shard in shards)
 
 
@@ -126,9 +150,8 @@ def _computed_s(
 ) -> float:  # fmt: skip
     """What the slowest rank of a stage computes for one group."""
     shards = [Shard(config, replace(layout, dp=1), stage * layout.tp + rank) for rank in range(layout.tp)]
-    parts = {(len(shard.heads), len(shard.kv_heads), len(shard.columns), len(shard.vocabulary)) for shard in shards}
     slowest = 0.0
-    for heads, kv_heads, columns, words in parts:
+    for _, heads, kv_heads, columns, words, _, _ in {shard.extent for shard in shards}:
         mine = replace(config, heads=heads, kv_heads=kv_heads, intermediate_size=columns, vocab_size=words)
         costs = predict_costs(mine, device, dtype, group.sequences, group.tokens, group.context)
         seconds = len(shards[0].layers) * costs.layer_s

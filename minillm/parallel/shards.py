@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from minillm.model.config import ModelConfig
 from minillm.parallel.layout import Layout, share
@@ -20,27 +21,33 @@ class Shard:
     layout: Layout
     rank: int
 
-    @property
+    @cached_property
     def layers(self) -> range:
         """The decoder layers of this rank's pipeline stage."""
         return self.layout.layers(self.config.layers, self._at("pp"))
 
-    @property
+    @cached_property
     def first_stage(self) -> bool:
         """Whether it holds the embedding."""
         return self._at("pp") == 0
 
-    @property
+    @cached_property
     def last_stage(self) -> bool:
         """Whether it holds the final norm and the LM head."""
         return self._at("pp") == self.layout.pp - 1
+
+    @cached_property
+    def extent(self) -> tuple[int, int, int, int, int, bool, bool]:
+        """How much it is, whatever part it is: layers, query heads, KV heads, columns, words, and whether it is at an end."""
+        counts = (len(self.layers), len(self.heads), len(self.kv_heads), len(self.columns), len(self.vocabulary))
+        return (*counts, self.first_stage, self.last_stage)
 
     def weight_bytes(self, element_bytes: int) -> int:
         """What its weights take, by formula. Tied embeddings are on the first stage and on the last."""
         parts = ((shape, self.cut(name, shape)) for name, shape in self.config.tensors.items())
         return element_bytes * sum(_size(shape, part) for shape, part in parts if part is not None)
 
-    @property
+    @cached_property
     def kv_heads(self) -> range:
         """KV heads: whole groups go to ranks while tp ≤ kv_heads; above that each rank serves one group."""
         if self.layout.tp <= self.config.kv_heads:
@@ -48,7 +55,7 @@ class Shard:
         group, _, _ = self._place_in_group()
         return range(group, group + 1)
 
-    @property
+    @cached_property
     def heads(self) -> range:
         """Query heads: those of the rank's KV heads, or its share of one group."""
         size = self.config.group_size
@@ -58,12 +65,12 @@ class Shard:
         part = share(size, ranks, place)
         return range(group * size + part.start, group * size + part.stop)
 
-    @property
+    @cached_property
     def columns(self) -> range:
         """Of the MLP's intermediate numbers."""
         return share(self.config.intermediate_size, self.layout.tp, self._at("tp"))
 
-    @property
+    @cached_property
     def vocabulary(self) -> range:
         """Of the words, in the embedding and in the LM head."""
         return share(self.config.vocab_size, self.layout.tp, self._at("tp"))

@@ -2,115 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import hypot
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from minillm.parallel.layout import Layout
-from minillm.viz.style import COMMUNICATION, FAINT, INK, frame, legend, new_figure
+from minillm.parallel.numbering import ORDER, neighbours, number_of, places_of
+from minillm.viz.style import COMMUNICATION, FAINT, INK, STYLE, WIDTH, frame, legend, new_figure
+from minillm.viz.words import bytes_text
 
 HOSTS = ["#DCEBF7", "#FBE3C6", "#D6EFE4", "#F4DCEA", "#F8F3C4", "#E6E6E6", "#CFE8EC", "#EBD9C8"]  # pale, one a host
-AXES = ("dp", "pp", "tp")
+LINES = {"pp": 1.6, "tp": 5.0}  # thickness
+MOST_POINTS, MOST_STEP = 25.0, 85.0  # across a rank, and from rank to rank
 RIGHT, DOWN, DEPTH = (1.0, 0.0), (0.0, -1.0), (0.42, 0.36)
 
 
-def number_of(layout: Layout, place: dict[str, int], order: Sequence[str] = AXES) -> int:
-    """The rank at a place on the mesh, when axes count in this order, the last one fastest. Ours is dp, pp, tp."""
-    rank = 0
-    for axis in order:
-        rank = rank * getattr(layout, axis) + place[axis]
-    return rank
+@dataclass(frozen=True)
+class Arrangement:
+    """A layout, the order in which its axes count, and what is said of it below its name."""
 
-
-def places_of(layout: Layout) -> list[dict[str, int]]:
-    """All places on the mesh."""
-    return [
-        {"dp": dp, "pp": pp, "tp": tp} for dp in range(layout.dp) for pp in range(layout.pp) for tp in range(layout.tp)
-    ]
-
-
-def neighbours(layout: Layout, axis: str) -> list[tuple[dict[str, int], dict[str, int]]]:
-    """Pairs of places that are next to each other along an axis."""
-    return [
-        (place, place | {axis: place[axis] + 1})
-        for place in places_of(layout)
-        if place[axis] + 1 < getattr(layout, axis)
-    ]
-
-
-def crossing(layout: Layout, axis: str, per_host: int, order: Sequence[str] = AXES) -> bool:
-    """Whether some line along an axis leaves its host, with `per_host` ranks on each."""
-    return any(
-        number_of(layout, a, order) // per_host != number_of(layout, b, order) // per_host
-        for a, b in neighbours(layout, axis)
-    )
+    layout: Layout
+    order: Sequence[str] = ORDER
+    note: str = ""
 
 
 def draw_cube(
-    layout: Layout, per_host: int, finding: str, caption: str, order: Sequence[str] = AXES
-) -> Figure:  # fmt: skip
+    layout: Layout,
+    per_host: int,
+    finding: str,
+    caption: str,
+    order: Sequence[str] = ORDER,
+    sent: Mapping[str, float] | None = None,
+) -> Figure:
     """The ranks of a layout, numbered, on the colour of their host. Thick lines: sums, many a token; thin ones: one hidden
-    state a token. Dotted where they leave a host.
+    state a token. Dotted where they leave a host. `sent`: bytes that a rank sends along axes, for the legend.
     """
     figure, (axis,) = new_figure(3.4)
-    _draw(axis, layout, per_host, order, 1.0)
-    hosts = -(-layout.world_size // per_host)
-    handles: list[Any] = [Patch(facecolor=HOSTS[host % len(HOSTS)], edgecolor=FAINT) for host in range(hosts)]
-    names = [f"host {host}" for host in range(hosts)]
-    for on, width, name in ((layout.tp > 1, 5, "sums (tp)"), (layout.pp > 1, 1.6, "hidden states (pp)")):
-        if on:
-            handles.append(Line2D([], [], color=COMMUNICATION, linewidth=width))
-            names.append(name)
+    _draw(axis, layout, per_host, order, WIDTH, 2.5)
+    handles, names = _hosts(layout.world_size, per_host)
+    for name, what in (("tp", "sums (tp)"), ("pp", "hidden states (pp)")):
+        if getattr(layout, name) > 1:
+            handles.append(Line2D([], [], color=COMMUNICATION, linewidth=LINES[name]))
+            names.append(f"{what}: {bytes_text(sent[name])}" if sent and name in sent else what)
     legend(axis, handles, names)
     return frame(figure, finding, caption)
 
 
-def draw_arrangements(layouts: Sequence[Layout], per_host: int, finding: str, caption: str) -> Figure:
-    """Small cubes beside each other, two rows of them."""
-    import matplotlib as mpl
-
-    from minillm.viz.style import STYLE, WIDTH
-
-    columns = -(-len(layouts) // 2)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-        axes = figure.subplots(2, columns, squeeze=False)
-    for place, axis in enumerate(each for row in axes for each in row):
-        if place < len(layouts):
-            _draw(axis, layouts[place], per_host, AXES, 0.5)
-            axis.set_title(str(layouts[place]).replace(",", ", "), fontsize=9.5)
-        else:
+def draw_arrangements(each: Sequence[Arrangement], per_host: int, finding: str, caption: str) -> Figure:
+    """Small cubes beside each other, in two rows when they are many; the one whose note is to be seen first comes first."""
+    rows = 2 if len(each) > 4 else 1
+    figure, axes = _grid(rows, -(-len(each) // rows))
+    for place, axis in enumerate(axes):
+        if place >= len(each):
             axis.axis("off")
+            continue
+        here = each[place]
+        _draw(axis, here.layout, per_host, here.order, WIDTH * rows / (len(each) + rows - 1), 1.6)
+        axis.set_title(str(here.layout).replace(",", ", "), fontsize=9.5)
+        axis.text(0.5, -0.02, here.note, transform=axis.transAxes, ha="center", va="top", fontsize=9.5, color=INK)
+    handles, names = _hosts(max(here.layout.world_size for here in each), per_host)
+    handles.append(Line2D([], [], color=COMMUNICATION, linewidth=3, linestyle=(0, (1.0, 1.2))))
+    figure.legend(
+        handles,
+        [*names, "leaves a host"],
+        ncols=len(names) + 1,
+        loc="outside upper right",
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.2,
+    )
     return frame(figure, finding, caption)
 
 
-def _draw(axis: Any, layout: Layout, per_host: int, order: Sequence[str], scale: float) -> None:
-    points = {}
-    for place in places_of(layout):
-        steps = zip((RIGHT, DOWN, DEPTH), (place["tp"], place["pp"], place["dp"]))
-        moved = [(dx * count, dy * count) for (dx, dy), count in steps]
-        points[tuple(place.values())] = sum(dx for dx, _ in moved), sum(dy for _, dy in moved)
-    for name, width in (("pp", 1.6), ("tp", 5.0)):
+def _grid(rows: int, columns: int) -> tuple[Figure, list[Any]]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.4 * rows + 0.6), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [each for row in axes for each in row]
+
+
+def _hosts(ranks: int, per_host: int) -> tuple[list[Any], list[str]]:
+    hosts = range(-(-ranks // per_host))
+    return [Patch(facecolor=HOSTS[host % len(HOSTS)], edgecolor=FAINT) for host in hosts], [f"host {n}" for n in hosts]
+
+
+def _draw(axis: Any, layout: Layout, per_host: int, order: Sequence[str], width: float, height: float) -> None:
+    """On axes of so many inches. How large a rank is, and how thick a line, follows from the room between ranks."""
+    points = {tuple(place.values()): _point(place) for place in places_of(layout)}
+    xs, ys = zip(*points.values())
+    middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
+    spread = max(xs) - min(xs), max(ys) - min(ys)
+    room = 72 * width - 1.3 * MOST_POINTS, 72 * height - 1.3 * MOST_POINTS
+    unit = min(MOST_STEP, *(each / max(wanted, 0.01) for each, wanted in zip(room, spread)))
+    size = min(MOST_POINTS, 0.72 * unit * (hypot(*DEPTH) if layout.dp > 1 else 1.0))
+    for name, thick in LINES.items():
         for a, b in neighbours(layout, name):
             near, far = points[tuple(a.values())], points[tuple(b.values())]
             leaves = number_of(layout, a, order) // per_host != number_of(layout, b, order) // per_host
             axis.plot(
-                [near[0], far[0]], [near[1], far[1]], color=COMMUNICATION, linewidth=width * scale,
-                linestyle=(0, (1.0, 1.2)) if leaves else "-", zorder=1, solid_capstyle="butt",
+                [near[0], far[0]], [near[1], far[1]], color=COMMUNICATION, linewidth=max(1.0, thick * size / MOST_POINTS),
+                linestyle=(0, (1.0, 1.0)) if leaves else "-", zorder=1, solid_capstyle="butt",
             )  # fmt: skip
-    for place in reversed(places_of(layout)):  # the front last
+    for place in places_of(layout):
         x, y = points[tuple(place.values())]
         rank = number_of(layout, place, order)
-        axis.scatter(
-            [x], [y], s=620 * scale**2, color=HOSTS[rank // per_host % len(HOSTS)], edgecolor=FAINT, linewidth=1.0, zorder=2 + 1 / (1 + place["dp"])
-        )  # fmt: skip
-        axis.text(x, y, str(rank), ha="center", va="center", fontsize=11 * scale + 1, color=INK, zorder=4)
-    xs, ys = zip(*points.values())
-    half = max(max(xs) - min(xs), max(ys) - min(ys)) / 2 + 0.55
-    middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    axis.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
+        colour, front = HOSTS[rank // per_host % len(HOSTS)], 2 + 1 / (1 + place["dp"])
+        axis.scatter([x], [y], s=size**2, color=colour, edgecolor=FAINT, linewidth=1.0, zorder=front)
+        axis.text(x, y, str(rank), ha="center", va="center_baseline", fontsize=3.5 + 0.34 * size, color=INK, zorder=4)
+    half = 36 * width / unit, 36 * height / unit
+    axis.set(xlim=(middle[0] - half[0], middle[0] + half[0]), ylim=(middle[1] - half[1], middle[1] + half[1]))
     axis.set_aspect("equal")
     axis.axis("off")
+
+
+def _point(place: dict[str, int]) -> tuple[float, float]:
+    steps = list(zip((RIGHT, DOWN, DEPTH), (place["tp"], place["pp"], place["dp"])))
+    return sum(dx * count for (dx, _), count in steps), sum(dy * count for (_, dy), count in steps)

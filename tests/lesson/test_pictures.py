@@ -197,7 +197,8 @@ def test_the_walk_is_worked_out_from_the_engines_own_formulas() -> None:
 
 def test_shapes_are_the_published_ones() -> None:
     counts = {name: round(config.parameters / 1e6) for name, config in SHAPES.items()}
-    assert counts == {"SmolLM2-135M": 135, "Llama-2-7B": 6738, "Llama-3.1-8B": 8030, "Llama-3.1-70B": 70554}
+    llama = {"Llama-2-7B": 6738, "Llama-3.1-8B": 8030, "Llama-3.1-70B": 70554, "Llama-3.1-405B": 405853}
+    assert counts == {"SmolLM2-135M": 135, **llama}
 
 
 def test_a_picture_with_controls_answers_every_question() -> None:

@@ -14,7 +14,7 @@ from minillm.model.shapes import SHAPES
 from minillm.parallel.balance import predict_costs
 from minillm.parallel.hybrid import factorisations
 from minillm.parallel.layout import Layout
-from minillm.parallel.plan import Load, fullest_bytes, plan_step, step_time
+from minillm.parallel.plan import Hosts, Load, fullest_bytes, plan_step, step_time
 
 LLAMA, H100, NVLINK = SHAPES["Llama-3.1-8B"], find_device("H100"), find_link("NVLink 4")
 FREE = Link("no delay", 1e30, 0.0, "")
@@ -71,3 +71,14 @@ def test_a_grid_holds_what_each_of_its_points_takes(load: Load) -> None:
                 slower = replace(plan, computed_s=tuple(own / speed for own in plan.computed_s))
                 one = slower.time(Link("", rate, 1e-5, "")).total_s
                 assert np.broadcast_to(grid, (3, 3))[row, column] == pytest.approx(one)
+
+
+def test_what_leaves_a_host_goes_by_the_link_between() -> None:
+    """Sums of tp=4 within hosts of four, unless slices are numbered farthest apart; hidden states by the other link."""
+    slow = find_link("25 Gbit/s")
+    hosts, load, layout = Hosts(H100, 4, NVLINK, slow), Load(1, 512, 0), Layout(pp=2, tp=4)
+    for order, sums, hops in ((("dp", "pp", "tp"), NVLINK, slow), (("tp", "pp", "dp"), slow, NVLINK)):
+        assert (hosts.link(layout, "tp", order), hosts.link(layout, "pp", order)) == (sums, hops)
+        expected = step_time(layout, H100, sums, LLAMA, "bfloat16", load, hops)
+        assert hosts.step_time(layout, LLAMA, "bfloat16", load, order) == expected
+    assert hosts.link(Layout(tp=8), "tp") is slow and hosts.link(Layout(dp=8), "tp") is NVLINK
