@@ -144,13 +144,14 @@ def main(seat: Seat, pipe: Connection, control: Connection, lifeline: Connection
 
 
 def _launcher_names(seat: Seat) -> dict[str, str]:
-    """What `torchrun` would say of this rank, for libraries that look there, such as accelerate."""
+    """What `torchrun` would say to this rank, for libraries that look there, such as accelerate."""
     device = seat.backend.device(seat.local_rank).index  # which is what others take a local rank for
     names = {
         "RANK": seat.rank,
         "WORLD_SIZE": seat.world_size,
         "LOCAL_RANK": seat.local_rank if device is None else device,
         "LOCAL_WORLD_SIZE": seat.nodes.count(seat.nodes[seat.rank]),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     return {name: str(value) for name, value in names.items()}
 

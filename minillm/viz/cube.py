@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot
 from typing import Any
@@ -15,7 +15,6 @@ from matplotlib.patches import Patch
 from minillm.parallel.layout import Layout
 from minillm.parallel.numbering import ORDER, neighbours, number_of, places_of
 from minillm.viz.style import COMMUNICATION, FAINT, INK, STYLE, WIDTH, frame, legend, new_figure
-from minillm.viz.words import bytes_text
 
 HOSTS = ["#DCEBF7", "#FBE3C6", "#D6EFE4", "#F4DCEA", "#F8F3C4", "#E6E6E6", "#CFE8EC", "#EBD9C8"]  # pale, one a host
 LINES = {"pp": 1.6, "tp": 5.0}  # thickness
@@ -38,18 +37,13 @@ def draw_cube(
     finding: str,
     caption: str,
     order: Sequence[str] = ORDER,
-    sent: Mapping[str, float] | None = None,
 ) -> Figure:
     """The ranks of a layout, numbered, on the colour of their host. Thick lines: sums, many a token; thin ones: one hidden
-    state a token. Dotted where they leave a host. `sent`: bytes that a rank sends along axes, for the legend.
+    state a token. Dotted where they leave a host.
     """
     figure, (axis,) = new_figure(3.4)
     _draw(axis, layout, per_host, order, WIDTH, 2.5)
-    handles, names = _hosts(layout.world_size, per_host)
-    for name, what in (("tp", "sums (tp)"), ("pp", "hidden states (pp)")):
-        if getattr(layout, name) > 1:
-            handles.append(Line2D([], [], color=COMMUNICATION, linewidth=LINES[name]))
-            names.append(f"{what}: {bytes_text(sent[name])}" if sent and name in sent else what)
+    handles, names = _legend([layout], per_host)
     legend(axis, handles, names)
     return frame(figure, finding, caption)
 
@@ -66,18 +60,13 @@ def draw_arrangements(each: Sequence[Arrangement], per_host: int, finding: str, 
         _draw(axis, here.layout, per_host, here.order, WIDTH * rows / (len(each) + rows - 1), 1.6)
         axis.set_title(str(here.layout).replace(",", ", "), fontsize=9.5)
         axis.text(0.5, -0.02, here.note, transform=axis.transAxes, ha="center", va="top", fontsize=9.5, color=INK)
-    handles, names = _hosts(max(here.layout.world_size for here in each), per_host)
-    handles.append(Line2D([], [], color=COMMUNICATION, linewidth=3, linestyle=(0, (1.0, 1.2))))
+    layouts = [here.layout for here in each]
+    handles, names = _legend(layouts, per_host)
+    below = 1 - 0.25 / figure.get_figheight()
     figure.legend(
-        handles,
-        [*names, "leaves a host"],
-        ncols=len(names) + 1,
-        loc="outside upper right",
-        frameon=False,
-        fontsize=9.5,
-        handlelength=1.2,
-    )
-    return frame(figure, finding, caption)
+        handles, names, ncols=len(names), loc="upper right", bbox_to_anchor=(1.0, below), borderaxespad=0.0, frameon=False, fontsize=9.5,
+    )  # fmt: skip
+    return frame(figure, f"{finding}\n", caption)  # the legend's line
 
 
 def _grid(rows: int, columns: int) -> tuple[Figure, list[Any]]:
@@ -87,9 +76,20 @@ def _grid(rows: int, columns: int) -> tuple[Figure, list[Any]]:
     return figure, [each for row in axes for each in row]
 
 
-def _hosts(ranks: int, per_host: int) -> tuple[list[Any], list[str]]:
-    hosts = range(-(-ranks // per_host))
-    return [Patch(facecolor=HOSTS[host % len(HOSTS)], edgecolor=FAINT) for host in hosts], [f"host {n}" for n in hosts]
+def _legend(layouts: Sequence[Layout], per_host: int) -> tuple[list[Any], list[str]]:
+    """Hosts, where there are several, and what lines carry."""
+    count = -(-max(layout.world_size for layout in layouts) // per_host)
+    hosts = range(count) if count > 1 else range(0)
+    handles: list[Any] = [Patch(facecolor=HOSTS[host % len(HOSTS)], edgecolor=FAINT) for host in hosts]
+    names = [f"host {host}" for host in hosts]
+    for axis, what in (("tp", "sums (tp)"), ("pp", "hidden states (pp)")):
+        if any(getattr(layout, axis) > 1 for layout in layouts):
+            handles.append(Line2D([], [], color=COMMUNICATION, linewidth=LINES[axis]))
+            names.append(what)
+    if count > 1:
+        handles.append(Line2D([], [], color=COMMUNICATION, linewidth=3, linestyle=(0, (1.0, 1.0))))
+        names.append("leaves a host")
+    return handles, names
 
 
 def _draw(axis: Any, layout: Layout, per_host: int, order: Sequence[str], width: float, height: float) -> None:

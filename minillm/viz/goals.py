@@ -45,4 +45,4 @@ def _draw_side(axis: Any, planned: Sequence[float], goal: float, colour: str) ->
 
 def _named(layout: Layout) -> str:
     count = layout.world_size
-    return f"{layout}   {count}" if count > 1 else "one device   1"
+    return f"{layout}: {count} devices" if count > 1 else "one device"

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from minillm.parallel.layout import Layout
 from minillm.viz.style import INK, frame, new_figure
 from minillm.viz.words import plain_log
 
-ACROSS, UP = 160, 120  # points of the map
+ACROSS, UP = 200, 150  # points of the map
 FAMILIES = {"tp": "#0072B2", "pp": "#E69F00", "dp": "#009E73"}  # pure ones; hybrids between them
 
 
@@ -44,8 +43,6 @@ def draw_winners(
     across, up = np.geomspace(*devices, ACROSS), np.geomspace(*links, UP)
     best = np.stack([seconds(layout, across[None, :], up[:, None]) for layout in layouts]).argmin(0)
     figure, (axis,) = new_figure(4.6)
-    colours = ListedColormap([colour_of(layout) for layout in layouts])
-    axis.pcolormesh(across / 1e9, up / 1e9, best, cmap=colours, vmin=-0.5, vmax=len(layouts) - 0.5, shading="nearest")
     axis.set(xscale="log", yscale="log", xlabel="device: memory bandwidth (GB/s)", ylabel="link: bandwidth (GB/s)")
     winners, free = {}, np.ones(best.shape, bool)  # where names of layouts may stand
     for name, (device, link) in marked.items():
@@ -53,8 +50,9 @@ def draw_winners(
         winners[name] = layouts[int(np.argmin(times))]
         _mark(axis, name, device, link, free, (int(np.searchsorted(up, link)), int(np.searchsorted(across, device))))
     for number in np.unique(best):
-        edge = axis.contour(across / 1e9, up / 1e9, best == number, [0.5], colors="white", linewidths=0.8)
-        edge.set_zorder(1.5)
+        where = across / 1e9, up / 1e9, best == number
+        axis.contourf(*where, [0.5, 1.5], colors=[colour_of(layouts[number])])
+        axis.contour(*where, [0.5], colors="white", linewidths=1.2)
         middle = _innermost((best == number) & free)
         if middle is not None:
             x, y, said = across[middle[1]] / 1e9, up[middle[0]] / 1e9, str(layouts[number]).replace(",", "\n")

@@ -287,9 +287,10 @@ def offline(prompts, fair, params):
     """On each rank, with a model of its own: both shares of the prompts, and how long each takes."""
     import time
 
+    import torch
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     with state.split_between_processes(list(range(len(prompts)))) as numbers:
         shares = {"by number": numbers, "by length": fair[state.process_index]}
     llm, found = LLM(dtype="float32"), {}

@@ -192,13 +192,13 @@ def turn(page: Any, label: str, *values: str) -> Any:
     return card
 
 
-def guess_a_factor(page: Any, ask: Any, share: float) -> None:
+def guess_a_factor(page: Any, ask: Any, share: float, how: str = "Measured") -> None:
     """Guess at a share of the axis; the measurement shows then, with its picture, and not before."""
-    assert "Measured" not in ask.first.inner_text() + ask.last.inner_text()
+    assert how not in ask.first.inner_text() + ask.last.inner_text()
     area = ask.first.locator(".minillm-guess-axis").bounding_box()
     page.mouse.click(area["x"] + area["width"] * share, area["y"] + 40)
     ask.first.locator("button", has_text="That is my guess").click()
-    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
+    assert re.search(rf"{how}: [\d.]+ ×\. You said", ask.last.inner_text())
     assert ask.last.locator("img").is_visible()
 
 
@@ -369,15 +369,32 @@ def test_lesson_08(browser: Any, lab: str) -> None:
     run_all(page, "08")
     ask = page.locator(".minillm-card", has_text="how many times longer is the mean wait")
     assert "service times" not in ask.first.inner_text() + ask.last.inner_text()
-    area = ask.first.locator(".minillm-guess-axis").bounding_box()
-    page.mouse.click(area["x"] + area["width"] * 0.3, area["y"] + 40)
-    ask.first.locator("button", has_text="That is my guess").click()
+    guess_a_factor(page, ask, 0.3, "By the formula")
     assert "4.5 at 90 %" in ask.last.inner_text()
-    assert ask.last.locator("img").is_visible()
     page.wait_for_timeout(1500)  # the guess is drawn into the picture
     ask.last.screenshot(path=SHOTS / "08-waits.png")
     guess_a_factor(page, page.locator(".minillm-card", has_text="how many times sooner is a single answer"), 0.5)
     card = turn(page, "Which router?", "all 100 tokens", "long and short in turns")
     card.screenshot(path=SHOTS / "08-moved.png")
+    assert page.broken == []
+    page.close()
+
+
+@everything
+def test_lesson_09(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "09_hybrid.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "09")
+    guess_a_factor(page, page.locator(".minillm-card", has_text="For each byte to the next stage"), 0.7, "Counted")
+    guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as long does a token take"), 0.3, "Planned")
+    ask = page.locator(".minillm-card", has_text="What is fastest?")
+    ask.first.locator("button", has_text="dp=8, for both").click()
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert "Prefill and decode want different layouts" in ask.last.inner_text()
+    assert ask.last.locator("img").is_visible()
+    card = turn(page, "Eight ranks, arranged", "tp, pp, dp", "tp=8", "prefill, 1 prompt of 2,048", "pp=2,tp=4")
+    card.screenshot(path=SHOTS / "09-cube.png")
+    card = turn(page, "Which layout wins?", "prefill, 16 prompts of 1,000", "Llama-3.1-70B", "decode, 128 requests")
+    card.screenshot(path=SHOTS / "09-moved.png")
     assert page.broken == []
     page.close()

@@ -49,6 +49,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     WAITS,
     REPLICAS,
     ROUTER,
+    PLACE,
+    TOKEN,
+    FEWEST,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -79,6 +82,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "08.waits",
         "08.replicas",
         "08.router",
+        "09.place",
+        "09.token",
+        "09.fewest",
     )  # fmt: skip
 )
 
@@ -198,6 +204,20 @@ WRONG = {
     "08.router, nowhere": ("08.router", ROUTER.replace("return replica", "return None"), ["request 0: arrived returned None; return a replica, 0 … 1"]),
     "08.router, a replica too far": ("08.router", ROUTER.replace("return replica", "return replica + 1"), ["arrived returned 2; return a replica, 0 … 1"]),
     "08.router, all to one": ("08.router", ROUTER.replace("replica = self.outstanding.index(min(self.outstanding))", "replica = 0"), ["It took 117 ms of waiting"]),
+    "09.place, stages count fastest": ("09.place", PLACE.replace("divmod(rank, tp)", "divmod(rank, pp)").replace("divmod(rest, pp)", "divmod(rest, tp)"), ["rank 1 of tp=2"]),
+    "09.place, replicas forgotten": ("09.place", PLACE.replace("replica, stage = divmod(rest, pp)", "replica, stage = 0, rest"), ["rank 5 of dp=2,pp=2,tp=2: replica: expected 1, got 0"]),
+    "09.place, backwards": ("09.place", PLACE.replace("return replica, stage, slice", "return slice, stage, replica"), ["rank 1 of tp=2"]),
+    "09.token, no sum": ("09.token", TOKEN.replace("result = mine + theirs", "result = mine"), ["pp=1,tp=2: rank 0"]),
+    "09.token, both send first": ("09.token", TOKEN.replace("if slice == 0:", "if True:").replace("comm.rank + 1)", "comm.rank ^ 1)"), ["rank 0", "waits for rank 1 to receive"]),
+    "09.token, to the wrong slice": ("09.token", TOKEN.replace("comm.send(result, comm.rank + 2)", "comm.send(result, (comm.rank + 2) ^ 1)"), ["rank 0"]),
+    "09.token, one stage too far": ("09.token", TOKEN.replace("if comm.rank + 2 < comm.size:", "if True:"), ["ranks 0 to 1"]),
+    "09.token, sent three times": ("09.token", TOKEN.replace("comm.send(mine, comm.rank + 1)", "comm.send(mine.repeat(3), comm.rank + 1)").replace("comm.recv(theirs, comm.rank - 1)", "theirs = comm.recv(torch.zeros(12), comm.rank - 1)[:4]"), ["the results are right. It took 64 bytes sent", "target is 32"]),
+    "09.fewest, one goal": ("09.fewest", FEWEST.replace("first_s <= ttft_s and ", ""), ["70B on H100s", "first tokens take"]),
+    "09.fewest, memory forgotten": ("09.fewest", FEWEST.replace("if fits and ", "if "), ["8B on T4s, 1 request: 900 and 60 ms: one device does not fit into memory"]),
+    "09.fewest, more than needed": ("09.fewest", FEWEST.replace("in counts:", "in counts[1:]:"), ["8B on H100s, 1 request: 100 and 20 ms: devices (0: none): expected 1, got 2"]),
+    "09.fewest, everything planned": ("09.fewest", FEWEST.replace("for count in counts:", "for count in counts:\n        [plan(count, 1, 1) for _ in range(3)]"), ["layouts planned"]),
+    "09.fewest, no replica": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, (0, pp, tp)"), ["layout: dp=0"]),
+    "09.fewest, a layout as text": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, 'tp=2'"), ["return (dp, pp, tp), or None"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
 }  # fmt: skip
 

@@ -12,7 +12,11 @@ def test_rows_rings_and_dots() -> None:
     planned = {four: (0.3, 0.6), two: (0.5, 1.0), one: (1.0, 1.0)}
     figure = draw_goals(planned, {four: (0.4, 1.1)}, (0.45, 1.2), "finding", "caption")
     left, right = figure.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["one device   1", "dp=2   2", "dp=2,tp=2   4"]
+    assert [label.get_text() for label in left.get_yticklabels()] == [
+        "one device",
+        "dp=2: 2 devices",
+        "dp=2,tp=2: 4 devices",
+    ]
     assert [place for place, _ in left.collections[0].get_offsets().tolist()] == [1.0, 0.5, 0.3]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in right.lines if line.get_marker() == "o"] == [
         (1.1, 2)
