@@ -44,8 +44,13 @@ class Shard:
 
     def weight_bytes(self, element_bytes: int) -> int:
         """What its weights take, by formula. Tied embeddings are on the first stage and on the last."""
-        parts = ((shape, self.cut(name, shape)) for name, shape in self.config.tensors.items())
-        return element_bytes * sum(_size(shape, part) for shape, part in parts if part is not None)
+        alike = f"layers.{self.layers.start}."  # all layers are
+        total = 0
+        for name, shape in self.config.tensors.items():
+            times = len(self.layers) if name.startswith(alike) else not name.startswith("layers.")
+            part = self.cut(name, shape) if times else None
+            total += 0 if part is None else times * _size(shape, part)
+        return element_bytes * total
 
     @cached_property
     def kv_heads(self) -> range:

@@ -58,6 +58,7 @@ def draw_winners(
             x, y, said = across[middle[1]] / 1e9, up[middle[0]] / 1e9, str(layouts[number]).replace(",", "\n")
             axis.text(x, y, said, ha="center", va="center", fontsize=10, color="white", weight="bold")
     plain_log(axis)
+    axis.minorticks_off()
     return frame(figure, finding(winners), caption)
 
 

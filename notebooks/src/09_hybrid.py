@@ -212,7 +212,7 @@ def draw_what_if(layout, counted_by, ranks_in_a_host, step):
     least = step_ms(best, steps[step], boxes)
     finding = f"{step}: {took:.3g} ms, and nothing is faster"
     if took > 1.02 * least:
-        finding = f"{step}: {took:.3g} ms; the fastest, {best}, takes {least:.3g}"
+        finding = f"{step}: {took:.3g} ms; the fastest, {best}, takes {least:.3g} ms"
     return draw_cube(layout, ranks_in_a_host, finding, CAPTION, orders[counted_by])
 
 

@@ -386,7 +386,9 @@ def test_lesson_09(browser: Any, lab: str) -> None:
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "09")
     guess_a_factor(page, page.locator(".minillm-card", has_text="For each byte to the next stage"), 0.7, "Counted")
-    guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as long does a token take"), 0.3, "Planned")
+    guess_a_factor(
+        page, page.locator(".minillm-card", has_text="How many times as long does a token take"), 0.3, "Planned"
+    )
     ask = page.locator(".minillm-card", has_text="What is fastest?")
     ask.first.locator("button", has_text="dp=8, for both").click()
     ask.first.locator("button", has_text="That is my guess").click()
