@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -188,10 +190,10 @@ def test_everything_that_ranks_do_on_one_host(tmp_path: Path, folder: Path, node
     assert found["ranks"] == [0, 1, 2, 3]
 
 
-def test_commands_under_accelerate(tmp_path: Path, folder: Path, nodes: list[Nodes]) -> None:
+def test_generate_under_torchrun(tmp_path: Path, folder: Path, nodes: list[Nodes]) -> None:
     """One answer, from rank 0; the log says who sits where."""
     command = ["-m", "minillm", "generate", "--model", str(folder), "--device", "cpu", "--layout", "pp=2,tp=2"]
-    nodes.append(Nodes(tmp_path, "accelerate", *command, "--prompt", "abc", "--raw", "--max-tokens", "5", "--json"))
+    nodes.append(Nodes(tmp_path, "torchrun", *command, "--prompt", "abc", "--raw", "--max-tokens", "5", "--json"))
     assert nodes[0].wait() == [0, 0], nodes[0].text()
     text = nodes[0].text()
     figures = json.loads(text[text.index("{") : text.rindex("}") + 1])
@@ -201,6 +203,36 @@ def test_commands_under_accelerate(tmp_path: Path, folder: Path, nodes: list[Nod
     assert f"rank 0: node 0 ({host}), local rank 0: stage 0, slice 0\n" in text
     assert f"rank 3: node 1 ({host}), local rank 1: stage 1, slice 1\n" in text
     assert "token_ids" not in nodes[0].text(1)
+
+
+def test_serve_under_accelerate(tmp_path: Path, folder: Path, nodes: list[Nodes]) -> None:
+    """Answers come from both nodes' replicas, and Ctrl-C on the first sends everybody home."""
+    command = [
+        "-m",
+        "minillm",
+        "serve",
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--layout",
+        "dp=2,tp=2",
+        "--port",
+        "0",
+    ]
+    nodes.append(Nodes(tmp_path, "accelerate", *command))
+    nodes[0].until("http://127.0.0.1:")
+    address = re.search(r"http://127\.0\.0\.1:\d+", nodes[0].text())
+    with LLM(folder, device="cpu") as one:
+        expected = [output.text for output in one.generate(["abc", "def"], SamplingParams(max_tokens=5))]
+    body = json.dumps({"model": folder.name, "prompt": ["abc", "def"], "max_tokens": 5, "temperature": 0})
+    request = Request(f"{address and address[0]}/v1/completions", body.encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=LIMIT_S) as answer:
+        assert [choice["text"] for choice in json.load(answer)["choices"]] == expected
+    os.killpg(nodes[0].agents[0].pid, signal.SIGINT)
+    nodes[0].wait()
+    leftover = [each for each in psutil.process_iter(["cmdline"]) if str(folder) in (each.info["cmdline"] or [])]
+    assert leftover == []
 
 
 STREAM = """
