@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from helpers import SWITCHES
@@ -31,6 +34,23 @@ PARAMS = st.builds(
 WORK = st.lists(
     st.tuples(PROMPTS, PARAMS, st.integers(0, 3), st.sampled_from([False, False, False, True])), min_size=1, max_size=6
 )  # and how many pieces are taken of each before the next one comes, and whether it is dropped then
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[dict[str, LLM]]:
+    """An `LLM` of each layout, started when it is first asked for."""
+
+    class Started(dict[str, LLM]):
+        def __missing__(self, layout: str) -> LLM:
+            self[layout] = LLM(folder, layout=layout, device="cpu")
+            return self[layout]
+
+    llms = Started()
+    try:
+        yield llms
+    finally:
+        for llm in llms.values():
+            llm.close()
 
 
 @cache

@@ -14,7 +14,7 @@ import pytest
 from helpers import EXAMPLES, gone
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law
+from law import OPTIONS, WORK, check_law, started
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
@@ -53,16 +53,8 @@ def one(folder: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def several(folder: Path) -> Iterator[dict[str, LLM]]:
     """Replicas of each layout, started when they are first asked for."""
-    made: dict[str, LLM] = {}
-
-    class Made(dict):
-        def __missing__(self, layout: str) -> LLM:
-            self[layout] = made[layout] = LLM(folder, layout=layout, device="cpu")
-            return made[layout]
-
-    yield Made()
-    for llm in made.values():
-        llm.close()
+    with started(folder) as llms:
+        yield llms
 
 
 @settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)

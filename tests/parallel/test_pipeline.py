@@ -14,7 +14,7 @@ import torch
 from helpers import EXAMPLES, gone
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law
+from law import OPTIONS, WORK, check_law, started
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
@@ -43,16 +43,8 @@ def one(folder: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def pipes(folder: Path) -> Iterator[dict[str, LLM]]:
     """A pipeline of each layout, started when it is first asked for."""
-    made: dict[str, LLM] = {}
-
-    class Made(dict):
-        def __missing__(self, layout: str) -> LLM:
-            self[layout] = made[layout] = LLM(folder, layout=layout, device="cpu")
-            return made[layout]
-
-    yield Made()
-    for llm in made.values():
-        llm.close()
+    with started(folder) as llms:
+        yield llms
 
 
 @settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)
