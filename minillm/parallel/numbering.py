@@ -22,7 +22,9 @@ def number_of(layout: Layout, place: dict[str, int], order: Sequence[str] = ORDE
 
 
 def places_of(layout: Layout) -> list[dict[str, int]]:
-    """All places on the mesh."""
+    """All places on the mesh. Raises `ValueError` for a layout with cp."""
+    if layout.cp > 1:
+        raise ValueError(f"layout {str(layout)!r}: cp is not built yet; use dp, pp and tp")
     return [
         {"dp": dp, "pp": pp, "tp": tp} for dp in range(layout.dp) for pp in range(layout.pp) for tp in range(layout.tp)
     ]
@@ -37,9 +39,11 @@ def neighbours(layout: Layout, axis: str) -> list[tuple[dict[str, int], dict[str
     ]
 
 
+def apart(layout: Layout, a: dict[str, int], b: dict[str, int], per_host: int, order: Sequence[str] = ORDER) -> bool:
+    """Whether two places are on different hosts, with `per_host` ranks on each."""
+    return number_of(layout, a, order) // per_host != number_of(layout, b, order) // per_host
+
+
 def crossing(layout: Layout, axis: str, per_host: int, order: Sequence[str] = ORDER) -> bool:
-    """Whether some line along an axis leaves its host, with `per_host` ranks on each."""
-    return any(
-        number_of(layout, a, order) // per_host != number_of(layout, b, order) // per_host
-        for a, b in neighbours(layout, axis)
-    )
+    """Whether some line along an axis leaves its host."""
+    return any(apart(layout, a, b, per_host, order) for a, b in neighbours(layout, axis))

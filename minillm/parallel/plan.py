@@ -19,7 +19,7 @@ from minillm.model.config import DTYPE_BYTES, ModelConfig
 from minillm.model.cost import USABLE
 from minillm.parallel.balance import predict_costs
 from minillm.parallel.layout import Layout
-from minillm.parallel.numbering import ORDER, crossing
+from minillm.parallel.numbering import ORDER, apart, crossing, places_of
 from minillm.parallel.shards import Shard
 from minillm.trace.collectives import ALGORITHMS
 
@@ -61,13 +61,13 @@ class StepPlan:
     sums: tuple[int, ...]
     message: int
 
-    def time(self, link: Link, hops: Link | None = None) -> StepTime:
-        """With sums by `link`, and hidden states by `hops` where that is another one."""
+    def time(self, link: Link, hops: Sequence[Link] | None = None) -> StepTime:
+        """With sums by `link`, and hidden states from each stage to the next, and back to the first, by `hops` if they are others."""
         one_sum = min(algorithm(self.layout.tp, self.message, link) for algorithm in ALGORITHMS.values())
         summed = [count * one_sum for count in self.sums]
-        hop = (hops or link).time_s(self.message) if self.layout.pp > 1 else 0.0
+        hop_s = [each.time_s(self.message) for each in hops or [link] * self.layout.pp] if self.layout.pp > 1 else [0.0]
         busiest = max(range(self.layout.pp), key=lambda stage: self.computed_s[stage] + summed[stage])
-        first = StepTime(sum(self.computed_s), sum(summed), self.layout.pp * hop)
+        first = StepTime(sum(self.computed_s), sum(summed), sum(hop_s))
         if self.decode:
             together = StepTime(self.groups * self.computed_s[busiest], self.groups * summed[busiest])
             return max(first, together, key=lambda time: time.total_s)
@@ -75,7 +75,7 @@ class StepPlan:
         return StepTime(
             first.computed_s + behind * self.computed_s[busiest],
             first.summed_s + behind * summed[busiest],
-            (self.layout.pp - 1) * hop,
+            sum(hop_s[:-1]),
         )
 
     def total_s(self, speed: Any, link: Link) -> Any:
@@ -108,8 +108,9 @@ def plan_step(layout: Layout, device: Device, config: ModelConfig, dtype: str, l
 
 
 def step_time(
-    layout: Layout, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load, hops: Link | None = None
-) -> StepTime:
+    layout: Layout, device: Device, link: Link, config: ModelConfig, dtype: str, load: Load,
+    hops: Sequence[Link] | None = None,
+) -> StepTime:  # fmt: skip
     """A planned step (`plan_step`), and whether the fullest rank has the room for it."""
     found = plan_step(layout, device, config, dtype, load).time(link, hops)
     return replace(found, fits=fullest_bytes(layout, config, dtype, load) <= USABLE * device.memory_bytes)
@@ -117,23 +118,33 @@ def step_time(
 
 @dataclass(frozen=True)
 class Hosts:
-    """Devices in hosts of `size`: a fast link inside each, a slower one between them."""
+    """Devices in hosts of `size`: a fast link inside each, and for each device one of its own, slower, to those elsewhere."""
 
     device: Device
     size: int
     inside: Link
     between: Link
 
-    def link(self, layout: Layout, axis: str, order: Sequence[str] = ORDER) -> Link:
-        """What messages along an axis go by: as soon as one line of it leaves a host, everybody waits for that one."""
-        return self.between if crossing(layout, axis, self.size, order) else self.inside
+    def sums(self, layout: Layout, order: Sequence[str] = ORDER) -> Link:
+        """What sums go by: in each step of a ring everybody waits for the slowest link in it."""
+        return self.between if crossing(layout, "tp", self.size, order) else self.inside
+
+    def hops(self, layout: Layout, order: Sequence[str] = ORDER) -> list[Link]:
+        """What hidden states go by from each stage to the next, and from the last to the first."""
+        ways = [(stage, (stage + 1) % layout.pp) for stage in range(layout.pp)]
+        return [self.between if self._apart(layout, way, order) else self.inside for way in ways]
 
     def step_time(
         self, layout: Layout, config: ModelConfig, dtype: str, load: Load, order: Sequence[str] = ORDER
     ) -> StepTime:
         """A planned step on them, with ranks numbered in an order of axes."""
-        sums, hops = self.link(layout, "tp", order), self.link(layout, "pp", order)
+        sums, hops = self.sums(layout, order), self.hops(layout, order)
         return step_time(layout, self.device, sums, config, dtype, load, hops)
+
+    def _apart(self, layout: Layout, way: tuple[int, int], order: Sequence[str]) -> bool:
+        first, second = way
+        here = (place for place in places_of(layout) if place["pp"] == first)
+        return any(apart(layout, place, place | {"pp": second}, self.size, order) for place in here)
 
 
 def fullest_bytes(layout: Layout, config: ModelConfig, dtype: str, load: Load) -> float:

@@ -240,7 +240,9 @@ class Comm:
         count.bytes += sent.numel() * sent.element_size() if sent is not None else 0
 
     def _stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that the transport sees: itself, or a copy in host memory when gloo carries CUDA tensors."""
+        """The tensor that the transport sees: itself, or a copy where it is not: gloo wants host memory, NCCL the GPU's."""
+        if self.backend.transport == "nccl":
+            return tensor.cuda().contiguous()
         return tensor.cpu().contiguous() if self.backend.staged else tensor.contiguous()
 
     def _unstage(self, buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

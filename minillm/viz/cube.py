@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from minillm.parallel.layout import Layout
-from minillm.parallel.numbering import ORDER, neighbours, number_of, places_of
+from minillm.parallel.numbering import ORDER, apart, neighbours, number_of, places_of
 from minillm.viz.style import COMMUNICATION, FAINT, INK, STYLE, WIDTH, frame, legend, new_figure
 
 HOSTS = ["#DCEBF7", "#FBE3C6", "#D6EFE4", "#F4DCEA", "#F8F3C4", "#E6E6E6", "#CFE8EC", "#EBD9C8"]  # pale, one a host
@@ -49,7 +49,7 @@ def draw_cube(
 
 
 def draw_arrangements(each: Sequence[Arrangement], per_host: int, finding: str, caption: str) -> Figure:
-    """Small cubes beside each other, in two rows when they are many; the one whose note is to be seen first comes first."""
+    """Small cubes beside each other, in two rows when they are more than four."""
     rows = 2 if len(each) > 4 else 1
     figure, axes = _grid(rows, -(-len(each) // rows))
     for place, axis in enumerate(axes):
@@ -104,7 +104,7 @@ def _draw(axis: Any, layout: Layout, per_host: int, order: Sequence[str], width:
     for name, thick in LINES.items():
         for a, b in neighbours(layout, name):
             near, far = points[tuple(a.values())], points[tuple(b.values())]
-            leaves = number_of(layout, a, order) // per_host != number_of(layout, b, order) // per_host
+            leaves = apart(layout, a, b, per_host, order)
             axis.plot(
                 [near[0], far[0]], [near[1], far[1]], color=COMMUNICATION, linewidth=max(1.0, thick * size / MOST_POINTS),
                 linestyle=(0, (1.0, 1.0)) if leaves else "-", zorder=1, solid_capstyle="butt",

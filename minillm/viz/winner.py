@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,52 +29,67 @@ def colour_of(layout: Layout) -> tuple[float, float, float]:
     return tuple(0.25 + 0.75 * mixed)  # type: ignore[return-value]
 
 
-def draw_winners(
-    layouts: Sequence[Layout],
-    seconds: Callable[[Layout, Any, Any], Any],
-    devices: tuple[float, float],
-    links: tuple[float, float],
-    marked: Mapping[str, tuple[float, float]],
-    finding: Callable[[dict[str, Layout]], str],
-    caption: str,
-) -> Figure:
-    """`seconds(layout, device bytes/s, link bytes/s)` for whole grids of both, each between two ends; `marked` are machines by
-    name, at (device, link). `finding` gets the winner at each of them.
+@dataclass(frozen=True)
+class WinnerMap:
+    """One map: `seconds(layout, device bytes/s, link bytes/s)` takes whole grids of both.
+
+    `machines` are marked by name: their device's and link's bytes/s, and which layout is fastest there, None where none fits.
     """
-    across, up = np.geomspace(*devices, ACROSS), np.geomspace(*links, UP)
-    best = np.stack([seconds(layout, across[None, :], up[:, None]) for layout in layouts]).argmin(0)
-    figure, (axis,) = new_figure(4.6)
-    axis.set(xscale="log", yscale="log", xlabel="device: memory bandwidth (GB/s)", ylabel="link: bandwidth (GB/s)")
-    winners, free = {}, np.ones(best.shape, bool)  # where names of layouts may stand
-    for name, (device, link) in marked.items():
-        times = [float(seconds(layout, np.array(device), np.array(link))) for layout in layouts]
-        winners[name] = layouts[int(np.argmin(times))]
-        _mark(axis, name, device, link, free, (int(np.searchsorted(up, link)), int(np.searchsorted(across, device))))
+
+    name: str
+    layouts: Sequence[Layout]
+    seconds: Callable[[Layout, Any, Any], Any]
+    machines: Mapping[str, tuple[float, float, Layout | None]]
+
+
+def draw_winners(
+    maps: Sequence[WinnerMap], devices: tuple[float, float], links: tuple[float, float], finding: str, caption: str
+) -> Figure:
+    """Maps beside each other, from one device and link speed to another, in bytes/s. A machine's dot has the colour of its own
+    winner: its operations per byte and its memory may be others than the map's.
+    """
+    figure, axes = new_figure(4.4, [1.0] * len(maps))
+    for number, (axis, each) in enumerate(zip(axes, maps)):
+        _draw_map(axis, each, np.geomspace(*devices, ACROSS), np.geomspace(*links, UP))
+        axis.set(xscale="log", yscale="log", xlabel="device: memory bandwidth (GB/s)")
+        axis.set_ylabel("link: bandwidth (GB/s)" if number == 0 else "")
+        axis.set_title(each.name if len(maps) > 1 else "", fontsize=10.5, loc="left")
+        plain_log(axis)
+        axis.minorticks_off()
+    return frame(figure, finding, caption)
+
+
+def _draw_map(axis: Any, drawn: WinnerMap, across: Any, up: Any) -> None:
+    best = np.stack([drawn.seconds(layout, across[None, :], up[:, None]) for layout in drawn.layouts]).argmin(0)
+    free = np.ones(best.shape, bool)  # where names of layouts may stand
+    for name, (device, link, winner) in drawn.machines.items():
+        cell = int(np.searchsorted(up, link)), int(np.searchsorted(across, device))
+        _mark(axis, f"{name}: {winner or 'does not fit'}", device, link, winner, free, cell)
     for number in np.unique(best):
-        where = across / 1e9, up / 1e9, best == number
-        axis.contourf(*where, [0.5, 1.5], colors=[colour_of(layouts[number])])
+        layout, where = drawn.layouts[number], (across / 1e9, up / 1e9, best == number)
+        axis.contourf(*where, [0.5, 1.5], colors=[colour_of(layout)])
         axis.contour(*where, [0.5], colors="white", linewidths=1.2)
         middle = _innermost((best == number) & free)
         if middle is not None:
-            x, y, said = across[middle[1]] / 1e9, up[middle[0]] / 1e9, str(layouts[number]).replace(",", "\n")
+            x, y, said = across[middle[1]] / 1e9, up[middle[0]] / 1e9, str(layout).replace(",", "\n")
             axis.text(x, y, said, ha="center", va="center", fontsize=10, color="white", weight="bold")
-    plain_log(axis)
-    axis.minorticks_off()
-    return frame(figure, finding(winners), caption)
 
 
-def _mark(axis: Any, name: str, device: float, link: float, free: Any, cell: tuple[int, int]) -> None:
-    """A machine by its name, beside which no other name may stand."""
+def _mark(
+    axis: Any, text: str, device: float, link: float, winner: Layout | None, free: Any, cell: tuple[int, int]
+) -> None:  # fmt: skip
+    """A machine and what wins there, beside which no other name may stand."""
     row, column = cell
-    left = column > 0.8 * ACROSS
-    axis.plot(device / 1e9, link / 1e9, "o", color="white", markeredgecolor=INK, markersize=8)
+    left = column > ACROSS / 2
+    colour = colour_of(winner) if winner else "white"
+    axis.plot(device / 1e9, link / 1e9, "o", color=colour, markeredgecolor="white", markeredgewidth=1.8, markersize=10)
     axis.annotate(
-        name, (device / 1e9, link / 1e9), xytext=(-11 if left else 11, 0), textcoords="offset points", fontsize=9.5,
+        text, (device / 1e9, link / 1e9), xytext=(-11 if left else 11, 0), textcoords="offset points", fontsize=9.0,
         color=INK, va="center", ha="right" if left else "left",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2.0},
     )  # fmt: skip
-    first, last = (column - ACROSS // 5, column) if left else (column, column + ACROSS // 5)
-    free[max(0, row - UP // 12) : row + UP // 12, max(0, first) : last] = False
+    first, last = (0, column) if left else (column, ACROSS)
+    free[max(0, row - UP // 10) : row + UP // 10, first:last] = False
 
 
 def _innermost(mask: Any) -> tuple[int, int] | None:

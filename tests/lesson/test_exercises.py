@@ -215,7 +215,8 @@ WRONG = {
     "09.fewest, one goal": ("09.fewest", FEWEST.replace("first_s <= ttft_s and ", ""), ["70B on H100s", "first tokens take"]),
     "09.fewest, memory forgotten": ("09.fewest", FEWEST.replace("if fits and ", "if "), ["8B on T4s, 1 request: 900 and 60 ms: one device does not fit into memory"]),
     "09.fewest, more than needed": ("09.fewest", FEWEST.replace("in counts:", "in counts[1:]:"), ["8B on H100s, 1 request: 100 and 20 ms: devices (0: none): expected 1, got 2"]),
-    "09.fewest, everything planned": ("09.fewest", FEWEST.replace("for count in counts:", "for count in counts:\n        [plan(count, 1, 1) for _ in range(3)]"), ["layouts planned"]),
+    "09.fewest, everything planned": ("09.fewest", FEWEST.replace("for count in counts:", "for count in counts:\n        [plan(n, 1, 1) for n in counts]"), ["layouts planned"]),
+    "09.place, a fourth number": ("09.place", PLACE.replace("return replica, stage, slice", "return replica, stage, slice, 7"), ["return (replica, stage, slice); got (0, 0, 1, 7)"]),
     "09.fewest, no replica": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, (0, pp, tp)"), ["layout: dp=0"]),
     "09.fewest, a layout as text": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, 'tp=2'"), ["return (dp, pp, tp), or None"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
@@ -240,6 +241,27 @@ def test_the_frame_is_not_solved_and_the_solution_is(name: str) -> None:
     assert attempt(name, EXERCISES[name].starter).startswith("not solved yet. ")
     assert "hint" not in attempt(name, EXERCISES[name].starter)  # nothing was tried
     assert attempt(name, EXERCISES[name].solution).startswith("solved: right in ")
+
+
+OTHER_WAYS = {  # that are as right as ours
+    "09.fewest, all at once": ("09.fewest", """
+def fewest(plan, counts, ttft_s, tpot_s):
+    for count in counts:
+        layouts = [(d, p, count // (d * p)) for d in range(1, count + 1) for p in range(1, count + 1) if count % (d * p) == 0]
+        good = [each for each in layouts if plan(*each)[2] and plan(*each)[0] <= ttft_s and plan(*each)[1] <= tpot_s]
+        if good:
+            return min(good, key=lambda each: plan(*each)[1])
+"""),
+    "09.place, divisions": ("09.place", "def place(rank, dp, pp, tp):\n    return [rank // (pp * tp), rank // tp % pp, rank % tp]"),
+    "09.token, slices crossed": ("09.token", TOKEN.replace("comm.recv(torch.zeros(4), comm.rank - 2)", "comm.recv(torch.zeros(4), (comm.rank - 2) ^ 1)").replace("comm.send(result, comm.rank + 2)", "comm.send(result, (comm.rank + 2) ^ 1)")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_WAYS)
+def test_other_ways_are_right_too(case: str) -> None:
+    name, source = OTHER_WAYS[case]
+    assert source != EXERCISES[name].solution
+    assert attempt(name, source).startswith("solved: right in ")
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -22,3 +22,10 @@ def test_rows_rings_and_dots() -> None:
         (1.1, 2)
     ]
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_what_is_too_large_has_no_ring() -> None:
+    one, two = Layout(), Layout(tp=2)
+    left, _ = draw_goals({one: (1.0, 1.0), two: (0.5, 0.6)}, {}, (0.6, 0.9), "finding", "caption", [one]).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["one device: too large", "tp=2: 2 devices"]
+    assert left.collections[0].get_offsets().tolist() == [[0.5, 1.0]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import re
 from pathlib import Path
@@ -10,10 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from minillm.lesson.grading import all_exercises
 from minillm.lesson.source import show_source
+from minillm.parallel.layout import Layout
+from minillm.viz.goals import draw_goals
+from minillm.viz.style import png
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -119,3 +126,14 @@ def test_a_lesson_keeps_to_the_template(path: Path) -> None:
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert "中文" in prose
     assert "**Next:**" in cells[-1].source
+
+
+def test_fewer_colours_look_the_same() -> None:
+    """Hardly a pixel, and only on smoothed edges, moves by more than an eighth of the range."""
+    figure = draw_goals({Layout(): (1.0, 1.0), Layout(tp=2): (0.6, 0.7)}, {}, (0.5, 0.9), "finding", "caption")
+    before = png(figure)
+    after = base64.b64decode(build.fewer_colours(base64.b64encode(before).decode()))
+    assert len(after) < len(before)
+    pixels = [np.asarray(Image.open(io.BytesIO(each)).convert("RGB"), dtype=int) for each in (before, after)]
+    moved = np.abs(pixels[0] - pixels[1])
+    assert (moved > 32).mean() < 1e-3 and moved.mean() < 0.5

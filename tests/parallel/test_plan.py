@@ -77,8 +77,20 @@ def test_what_leaves_a_host_goes_by_the_link_between() -> None:
     """Sums of tp=4 within hosts of four, unless slices are numbered farthest apart; hidden states by the other link."""
     slow = find_link("25 Gbit/s")
     hosts, load, layout = Hosts(H100, 4, NVLINK, slow), Load(1, 512, 0), Layout(pp=2, tp=4)
-    for order, sums, hops in ((("dp", "pp", "tp"), NVLINK, slow), (("tp", "pp", "dp"), slow, NVLINK)):
-        assert (hosts.link(layout, "tp", order), hosts.link(layout, "pp", order)) == (sums, hops)
-        expected = step_time(layout, H100, sums, LLAMA, "bfloat16", load, hops)
+    for order, sums, hop in ((("dp", "pp", "tp"), NVLINK, slow), (("tp", "pp", "dp"), slow, NVLINK)):
+        assert (hosts.sums(layout, order), hosts.hops(layout, order)) == (sums, [hop, hop])
+        expected = step_time(layout, H100, sums, LLAMA, "bfloat16", load, [hop, hop])
         assert hosts.step_time(layout, LLAMA, "bfloat16", load, order) == expected
-    assert hosts.link(Layout(tp=8), "tp") is slow and hosts.link(Layout(dp=8), "tp") is NVLINK
+    assert hosts.sums(Layout(tp=8)) is slow and hosts.sums(Layout(dp=8)) is NVLINK
+
+
+def test_each_stage_boundary_has_a_link_of_its_own() -> None:
+    """Of eight stages on two hosts of four, only the fourth hands on to another host, and the last one back to the first."""
+    slow = find_link("25 Gbit/s")
+    hosts, layout = Hosts(H100, 4, NVLINK, slow), Layout(pp=8)
+    assert hosts.hops(layout) == [*[NVLINK] * 3, slow, *[NVLINK] * 3, slow]
+    message = 2048 * LLAMA.hidden_size * 2
+    prefill = hosts.step_time(layout, LLAMA, "bfloat16", Load(1, 2048, 0))
+    assert prefill.sent_s == pytest.approx(6 * NVLINK.time_s(message) + slow.time_s(message))
+    decode = hosts.step_time(layout, LLAMA, "bfloat16", Load(1, 1, 2048))
+    assert decode.sent_s == pytest.approx(6 * NVLINK.time_s(8192) + 2 * slow.time_s(8192))
