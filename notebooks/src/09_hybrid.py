@@ -41,7 +41,8 @@ prompts = [[(37 * n + 11 * at) % 40_000 for at in range(24)] for n in range(4)]
 some = SamplingParams(max_tokens=6, ignore_eos=True)
 
 # %% [markdown]
-# Four ranks: two stages, and each stage is cut into two slices. Four people ask.
+# Four ranks: two stages, and each stage is cut into two slices. Four people ask, in two batches, A and B. (Sums are inside the
+# bars; on the wire you see what goes from stage to stage.)
 
 # %%
 from minillm.viz.live import Timeline
@@ -91,7 +92,7 @@ print("* leaves its host")
 from minillm.lesson.predict import Predict
 
 chattier = Predict("09.bytes",
-                   "pp=2,tp=2, 30 layers. For each byte to the next stage, how many go into sums?",
+                   "Rank 0 has 15 layers. For each byte to the next stage, how many go into sums?",
                    "×", 0.1, 100)
 chattier
 
@@ -130,8 +131,9 @@ notes = {layout: " and ".join(f"{bytes_text(size)} {what}" for size, what in
 here = sent["pp=2,tp=2"]
 chattier.reveal(
     here["tp"] / here["pp"],
-    "Two sums in every layer, and a hidden state only where a stage ends. Replicas send each other "
-    "nothing. So slices want the fastest link there is, stages do with a slow one, replicas with none.",
+    "Two sums in each of its 15 layers and one for the embedding, and a hidden state only where a stage "
+    "ends. Replicas send each other nothing. So slices want the fastest link there is, for stages a "
+    "slow one is enough, and replicas need none.",
     draw_arrangements([Arrangement(Layout.parse(text), note=note) for text, note in notes.items()], 4,
                       "Slices talk in every layer, stages only where they end",
                       "counted: what rank 0 sends for one token, sums by a ring · SmolLM2-135M float32"),
@@ -168,8 +170,8 @@ show(draw_arrangements(each, 4, finding, CAPTION + " · decode, 16 requests afte
 
 # %% [markdown]
 # Six of the ten have slices, and five keep their sums at home. `tp=8` cannot, and everybody waits for the slow link at every
-# sum. So: slices as far as the host reaches, then replicas or stages. (`pp=2,tp=4` loses little to `dp=2,tp=4`, and holds a
-# model twice as large.)
+# sum. So: slices as far as the host reaches, and across hosts replicas or stages. What stages buy is *memory, over a slow wire*:
+# `pp=2,tp=4` takes hardly longer than `dp=2,tp=4`, and holds a model twice as large.
 #
 # ## Guess
 #
@@ -270,7 +272,7 @@ def winner_map(step, model="Llama-3.1-8B", devices=8):
     fit = [each for each in factorisations(devices)
            if fullest_bytes(each, shape, "float16", load) < ROOM]
     if not fit:
-        raise ValueError(f"{model} does not fit on {devices} devices of 80 GB")
+        raise ValueError(f"{step}: {model} and its KV do not fit on {devices} devices of 80 GB")
     plans = {layout: plan_step(layout, H100, shape, "float16", load) for layout in fit}
 
     def seconds(layout, memory_rate, link_rate):
@@ -291,9 +293,9 @@ def draw_map(*maps, finding, model="Llama-3.1-8B", devices=8):
 steps["decode, 128 requests"] = Load(128, 1, 1000)
 winner.reveal(
     2,
-    "The tokens of a prompt share one reading of the weights: nothing is saved by cutting them, and "
-    "eight devices with two prompts each need no message. For a next token all weights are read: "
-    "eight devices read an eighth each. Prefill and decode want different layouts.",
+    "Sixteen prompts are as much to compute however they are shared out, and replicas need no message "
+    "for it. For a next token all weights are read: by a replica all of them, by a slice an eighth. "
+    "Prefill and decode want different layouts.",
     draw_map(winner_map("prefill, 16 prompts of 1,000"), winner_map("decode, 16 requests"),
              finding="Prompts want replicas, next tokens want slices, as far as the link allows"),
 )
@@ -375,8 +377,8 @@ except RankError as error:
 lost.reveal(
     1,
     f"Where all agree on the wrong neighbour, sums are {everybody} instead of 3 and 30, and nobody "
-    "complains: only tokens beside those of one device tell. Where one disagrees, somebody waits, and a "
-    "wait has a name.",
+    "complains: only a comparison with one device's tokens tells. Where one disagrees, somebody waits, "
+    "and a wait has a name.",
 )
 
 # %% [markdown]

@@ -203,6 +203,7 @@ WRONG = {
     "08.router, requests counted": ("08.router", ROUTER.replace("+= tokens", "+= 1").replace("-= tokens", "-= 1"), ["a long request, then three short ones, 2 replicas: the results are right. It took 98 ms of waiting", "the target is 20, 4.9× as much"]),
     "08.router, nowhere": ("08.router", ROUTER.replace("return replica", "return None"), ["request 0: arrived returned None; return a replica, 0 … 1"]),
     "08.router, a replica too far": ("08.router", ROUTER.replace("return replica", "return replica + 1"), ["arrived returned 2; return a replica, 0 … 1"]),
+    "08.router, ends not heard": ("08.router", ROUTER.replace("self.outstanding[replica] -= tokens", "pass"), ["a long request of long ago, then three at once, 2 replicas: the results are right. It took 80 ms"]),
     "08.router, all to one": ("08.router", ROUTER.replace("replica = self.outstanding.index(min(self.outstanding))", "replica = 0"), ["It took 117 ms of waiting"]),
     "09.place, stages count fastest": ("09.place", PLACE.replace("divmod(rank, tp)", "divmod(rank, pp)").replace("divmod(rest, pp)", "divmod(rest, tp)"), ["rank 1 of tp=2"]),
     "09.place, replicas forgotten": ("09.place", PLACE.replace("replica, stage = divmod(rest, pp)", "replica, stage = 0, rest"), ["rank 5 of dp=2,pp=2,tp=2: replica: expected 1, got 0"]),
@@ -217,6 +218,8 @@ WRONG = {
     "09.fewest, more than needed": ("09.fewest", FEWEST.replace("in counts:", "in counts[1:]:"), ["8B on H100s, 1 request: 100 and 20 ms: devices (0: none): expected 1, got 2"]),
     "09.fewest, everything planned": ("09.fewest", FEWEST.replace("for count in counts:", "for count in counts:\n        [plan(n, 1, 1) for n in counts]"), ["layouts planned"]),
     "09.place, a fourth number": ("09.place", PLACE.replace("return replica, stage, slice", "return replica, stage, slice, 7"), ["return (replica, stage, slice); got (0, 0, 1, 7)"]),
+    "09.fewest, not quite the goal": ("09.fewest", FEWEST.replace("first_s <= ttft_s", "first_s < ttft_s"), ["goals that tp=4 meets to the dot"]),
+    "09.fewest, any of the fewest": ("09.fewest", FEWEST.replace("first_s < best[0]", "first_s > best[0]"), ["takes as many devices"]),
     "09.fewest, no replica": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, (0, pp, tp)"), ["layout: dp=0"]),
     "09.fewest, a layout as text": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, 'tp=2'"), ["return (dp, pp, tp), or None"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
@@ -250,7 +253,7 @@ def fewest(plan, counts, ttft_s, tpot_s):
         layouts = [(d, p, count // (d * p)) for d in range(1, count + 1) for p in range(1, count + 1) if count % (d * p) == 0]
         good = [each for each in layouts if plan(*each)[2] and plan(*each)[0] <= ttft_s and plan(*each)[1] <= tpot_s]
         if good:
-            return min(good, key=lambda each: plan(*each)[1])
+            return min(good, key=lambda each: plan(*each)[0])
 """),
     "09.place, divisions": ("09.place", "def place(rank, dp, pp, tp):\n    return [rank // (pp * tp), rank // tp % pp, rank % tp]"),
     "09.token, slices crossed": ("09.token", TOKEN.replace("comm.recv(torch.zeros(4), comm.rank - 2)", "comm.recv(torch.zeros(4), (comm.rank - 2) ^ 1)").replace("comm.send(result, comm.rank + 2)", "comm.send(result, (comm.rank + 2) ^ 1)")),

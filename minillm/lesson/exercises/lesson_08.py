@@ -157,6 +157,10 @@ ROUTER = Exercise(
     cases=(
         Case("a long request, then three short ones, 2 replicas", (2, (0.0, 1.0, 2.0, 3.0), (100, 10, 10, 10))),
         Case("long and short in turns, 2 replicas", (2, tuple(30.0 * n for n in range(8)), (90, 10) * 4)),
+        Case(
+            "a long request of long ago, then three at once, 2 replicas",
+            (2, (0.0, 1.0, 900.0, 900.0, 900.0), (100, 10, 40, 40, 40)),
+        ),
         Case("3,000 requests with a heavy tail, 2 replicas at 70 %", (2, *heavy_tail(3000, 0.7, 2, 1))),
         Case("3,000 requests with a heavy tail, 4 replicas at 80 %", (4, *heavy_tail(3000, 0.8, 4, 2))),
     ),

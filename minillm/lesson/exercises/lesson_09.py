@@ -105,12 +105,20 @@ def _drive_fewest(function: Callable[..., Any], case: Case) -> Outcome:
     except ValueError as error:
         raise RuleError(str(error)) from None
     _check_goals(layout, found, ttft_s, tpot_s)
+    best = _fewest(case)[0]
+    if best and best.world_size == layout.world_size:
+        soonest_s = question.plan(best.dp, best.pp, best.tp)[0]
+        if found[0] > soonest_s * 1.000001:
+            raise RuleError(
+                f"with {_name(layout)} first tokens take {found[0] * 1e3:.1f} ms; {_name(best)} takes as many devices, and "
+                f"{soonest_s * 1e3:.1f} ms"
+            )
     return Outcome([layout.world_size], len(set(seen)))
 
 
 def _check_goals(layout: Layout, found: tuple[float, float, bool], ttft_s: float, tpot_s: float) -> None:
     first_s, next_s, fits = found
-    name = str(layout) or "one device"
+    name = _name(layout)
     if layout.world_size not in MOST:
         raise RuleError(f"{name} takes {layout.world_size} devices; there are {', '.join(map(str, MOST))} to be had")
     if not fits:
@@ -118,6 +126,10 @@ def _check_goals(layout: Layout, found: tuple[float, float, bool], ttft_s: float
     for what, time_s, goal_s in (("first tokens take", first_s, ttft_s), ("a token takes", next_s, tpot_s)):
         if time_s > goal_s:
             raise RuleError(f"with {name} {what} {time_s * 1e3:.1f} ms; the goal is {goal_s * 1e3:.1f}")
+
+
+def _name(layout: Layout) -> str:
+    return str(layout) or "one device"
 
 
 def _place(rank: int, dp: int, pp: int, tp: int) -> Case:
@@ -141,6 +153,12 @@ def _goals(
     dtype = "float16" if device == "T4" else "bfloat16"
     question = Question(SHAPES[model], dtype, hosts, requests, 1000)
     return Case(label, (question, goals_ms[0] / 1e3, goals_ms[1] / 1e3))
+
+
+def _to_the_dot(label: str, case: Case, dp: int, pp: int, tp: int) -> Case:
+    """The same question, with goals that a layout meets and nothing more."""
+    first_s, next_s, _ = case.inputs[0].plan(dp, pp, tp)
+    return Case(label, (case.inputs[0], first_s, next_s))
 
 
 def _fewest(case: Case) -> tuple[Layout | None, int]:
@@ -247,11 +265,14 @@ FEWEST = Exercise(
         _goals("70B on H100s, 4 a host, 16 requests: 400 and 13 ms", "Llama-3.1-70B", "H100", 4, "NVLink 4", "25 Gbit/s", 16, (400, 13)),
         _goals("405B on H200s, 4 requests: 400 and 30 ms", "Llama-3.1-405B", "H200", 8, "NVLink 4", "25 Gbit/s", 4, (400, 30)),
         _goals("405B on H100s, 4 requests: 900 and 40 ms", "Llama-3.1-405B", "H100", 8, "NVLink 4", "25 Gbit/s", 4, (900, 40)),
+        _to_the_dot("goals that tp=4 meets to the dot", _goals("", "Llama-3.1-8B", "H100", 8, "NVLink 4", "400 Gbit/s", 1, (1, 1)), 1, 1, 4),
         _goals("8B on H100s, 1 request: 1 and 1 ms", "Llama-3.1-8B", "H100", 8, "NVLink 4", "400 Gbit/s", 1, (1, 1)),
     ),
     starter='''\
 def fewest(plan, counts, ttft_s, tpot_s):
-    """(dp, pp, tp) with the fewest devices that meets both goals; None where nothing does.
+    """(dp, pp, tp) with the fewest devices that meets both goals, at most ttft_s and at most tpot_s.
+
+    Of several with as few, the one with the soonest first tokens; None where nothing meets them.
 
     plan(dp, pp, tp) returns (seconds to all first tokens, seconds for each next one, whether it fits
     into memory). counts are the numbers of devices that can be had, rising; all of them are used,
