@@ -58,15 +58,16 @@ def draw_waits(runs: Sequence[Measured], finding: str, caption: str, guess: floa
             100 * run.load, mean(run.waits), yerr=run.error, fmt="o", color=DECODE, markersize=7, capsize=3, zorder=3
         )
     if runs:
-        last = max(runs, key=lambda run: run.load)
+        first = min(runs, key=lambda run: run.load)
         axis.annotate(
-            "measured mean", (100 * last.load, mean(last.waits)), xytext=(9, -3), textcoords="offset points", color=DECODE,
-            fontsize=9.5, va="center",
+            "measured mean", (100 * first.load, mean(first.waits)), xytext=(0, 9), textcoords="offset points", color=DECODE,
+            fontsize=9.5, ha="center",
         )  # fmt: skip
     if guess is not None:
         level = min(guess * mean_wait(0.5), 27.0)
         axis.hlines(level, 86, 94, color=GUESS, linewidth=2, linestyle="--", zorder=4)
-        axis.text(85, level, f"your guess, {plain(guess)} × ", ha="right", va="center", color=GUESS, fontsize=9.5)
+        aside = level - 1.6 if abs(level - middle[-1]) < 1.6 else level  # of the curve's own name
+        axis.text(96, aside, f"your guess, {plain(guess)} ×", ha="left", va="center", color=GUESS, fontsize=9.5)
     axis.set(xlabel="how busy the server is (%)", ylabel="wait, in service times", xlim=(0, 112), ylim=(-0.6, 28))
     axis.set_xticks(range(0, 101, 20))
     return frame(figure, finding, caption)

@@ -14,6 +14,7 @@ from minillm.viz.style import INK, frame, new_figure
 from minillm.viz.words import plain_log
 
 ACROSS, UP = 200, 150  # points of the map
+MIDDLE = 1e12  # bytes/s: faster devices have their names on the left
 FAMILIES = {"tp": "#0072B2", "pp": "#E69F00", "dp": "#009E73"}  # pure ones; hybrids between them
 
 
@@ -50,7 +51,7 @@ def draw_winners(
     """
     figure, axes = new_figure(4.4, [1.0] * len(maps))
     for number, (axis, each) in enumerate(zip(axes, maps)):
-        _draw_map(axis, each, np.geomspace(*devices, ACROSS), np.geomspace(*links, UP))
+        _draw_map(axis, each, np.geomspace(*devices, ACROSS), np.geomspace(*links, UP), ACROSS * len(maps) // 3)
         axis.set(xscale="log", yscale="log", xlabel="device: memory bandwidth (GB/s)")
         axis.set_ylabel("link: bandwidth (GB/s)" if number == 0 else "")
         axis.set_title(each.name if len(maps) > 1 else "", fontsize=10.5, loc="left")
@@ -59,12 +60,15 @@ def draw_winners(
     return frame(figure, finding, caption)
 
 
-def _draw_map(axis: Any, drawn: WinnerMap, across: Any, up: Any) -> None:
+def _draw_map(axis: Any, drawn: WinnerMap, across: Any, up: Any, reach: int) -> None:
+    """`reach`: points that the name of a machine covers."""
     best = np.stack([drawn.seconds(layout, across[None, :], up[:, None]) for layout in drawn.layouts]).argmin(0)
     free = np.ones(best.shape, bool)  # where names of layouts may stand
     for name, (device, link, winner) in drawn.machines.items():
-        cell = int(np.searchsorted(up, link)), int(np.searchsorted(across, device))
-        _mark(axis, f"{name}: {winner or 'does not fit'}", device, link, winner, free, cell)
+        left = _mark(axis, f"{name}: {winner or 'does not fit'}", device, link, winner)
+        row, column = int(np.searchsorted(up, link)), int(np.searchsorted(across, device))
+        first, last = (column - reach, column) if left else (column, column + reach)
+        free[max(0, row - UP // 10) : row + UP // 10, max(0, first) : last] = False
     for number in np.unique(best):
         layout, where = drawn.layouts[number], (across / 1e9, up / 1e9, best == number)
         axis.contourf(*where, [0.5, 1.5], colors=[colour_of(layout)])
@@ -75,12 +79,9 @@ def _draw_map(axis: Any, drawn: WinnerMap, across: Any, up: Any) -> None:
             axis.text(x, y, said, ha="center", va="center", fontsize=10, color="white", weight="bold")
 
 
-def _mark(
-    axis: Any, text: str, device: float, link: float, winner: Layout | None, free: Any, cell: tuple[int, int]
-) -> None:  # fmt: skip
-    """A machine and what wins there, beside which no other name may stand."""
-    row, column = cell
-    left = column > ACROSS / 2
+def _mark(axis: Any, text: str, device: float, link: float, winner: Layout | None) -> bool:
+    """A machine, and beside it what wins there; whether that stands to the left of it."""
+    left = device > MIDDLE
     colour = colour_of(winner) if winner else "white"
     axis.plot(device / 1e9, link / 1e9, "o", color=colour, markeredgecolor="white", markeredgewidth=1.8, markersize=10)
     axis.annotate(
@@ -88,8 +89,7 @@ def _mark(
         color=INK, va="center", ha="right" if left else "left",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2.0},
     )  # fmt: skip
-    first, last = (0, column) if left else (column, ACROSS)
-    free[max(0, row - UP // 10) : row + UP // 10, first:last] = False
+    return left
 
 
 def _innermost(mask: Any) -> tuple[int, int] | None:

@@ -438,7 +438,7 @@ def test_waits_grow_with_the_load_and_the_guess_stands_beside_them() -> None:
     worst, middle = (line.get_ydata() for line in axis.lines[:2])
     assert all(b > a for a, b in zip(middle, middle[1:])) and all(w > m for w, m in zip(worst, middle))
     assert middle[LOADS.index(0.9)] == pytest.approx(4.5)
-    assert "your guess" in [text.get_text() for text in axis.texts]
+    assert "your guess, 4 ×" in [text.get_text() for text in axis.texts]
 
 
 def test_routers_stand_in_the_order_of_their_tails() -> None:
