@@ -1,12 +1,14 @@
 """What a checkpoint's config.json says, checked: what the decoder does not do is refused by name, never ignored.
 
-Families: Llama, Qwen2 (q/k/v bias), Qwen3 (q/k norm). The file knows no tensors.
+Families: Llama, Qwen2 (q/k/v bias), Qwen3 (q/k norm), and with a mixture of experts Mixtral, Qwen2-MoE (a shared expert) and
+Qwen3-MoE. The file knows no tensors.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,15 @@ _ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-_MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}  # the families' defaults when the file is silent
+_MAX_POSITIONS = {
+    "llama": 2048,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "mixtral": 131072,
+    "qwen2_moe": 32768,
+    "qwen3_moe": 32768,
+}
+_THETA = {"mixtral": 1e6}  # else 10,000: the families' defaults when the file is silent
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -35,6 +45,23 @@ class RopeConfig:
         """A scaling parameter; `default` where it is absent or null."""
         value = self.values.get(name)
         return default if value is None else value
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts: in some `layers` the MLP is `experts` smaller ones, of which a router chooses `top_k` a token.
+
+    The chosen ones' weights are a softmax over all experts, divided by their sum where they are `normalised`; with
+    `softmax_last` it is taken over the chosen ones alone. A shared expert of `shared_size` takes every token, 0 for none.
+    """
+
+    experts: int
+    top_k: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+    shared_size: int = 0
+    normalised: bool = True
+    softmax_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +85,16 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
+    moe: MoEConfig | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.moe is not None and layer in self.moe.layers
+
+    def of_layers(self, layers: range) -> ModelConfig:
+        """The same with these layers alone, numbered from 0."""
+        inside = tuple(place for place, layer in enumerate(layers) if self.is_sparse(layer))
+        return replace(self, layers=len(layers), moe=self.moe and replace(self.moe, layers=inside))
 
     @property
     def group_size(self) -> int:
@@ -78,47 +115,64 @@ class ModelConfig:
     def parameters(self) -> int:
         """How many numbers the weights hold; tied embeddings count once."""
         ends = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.layers * self.layer_parameters + self.hidden_size + ends
+        sparse = len(self.moe.layers) if self.moe else 0
+        layers = (self.layers - sparse) * _numbers(self.layer_tensors(False))
+        return layers + self.hidden_size + ends + (sparse * _numbers(self.layer_tensors(True)) if sparse else 0)
 
     @property
     def layer_parameters(self) -> int:
-        """How many numbers the weights of one layer hold."""
-        q, kv, h = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden_size
-        attention = h * (q + 2 * kv) + q * h + self.qkv_bias * (q + 2 * kv) + self.out_bias * h
-        return attention + 3 * h * self.intermediate_size + 2 * h + self.qk_norm * 2 * self.head_dim
+        """How many numbers the weights of one layer hold, the first one."""
+        return _numbers(self.layer_tensors(self.is_sparse(0)))
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight of a checkpoint, by its name without "model."; tied embeddings come once."""
-        q, kv, h, wide = (
-            self.heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-            self.hidden_size,
-            self.intermediate_size,
-        )
+        ends = (self.vocab_size, self.hidden_size)
+        whole: dict[str, tuple[int, ...]] = {"embed_tokens.weight": ends, "norm.weight": (self.hidden_size,)}
+        if not self.tied_embeddings:
+            whole["lm_head.weight"] = ends
+        return whole | {
+            f"layers.{number}.{name}": shape
+            for number in range(self.layers)
+            for name, shape in self.layer_tensors(self.is_sparse(number)).items()
+        }
+
+    def layer_tensors(self, sparse: bool) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of a layer, whose MLP is a mixture of experts or not, by its name in the layer."""
+        q, kv, h = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden_size
         layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (q, h),
-            "self_attn.k_proj.weight": (kv, h),
-            "self_attn.v_proj.weight": (kv, h),
+            f"{norm}.weight": (h,) for norm in ("input_layernorm", "post_attention_layernorm")
         }
-        layer |= {"self_attn.o_proj.weight": (h, q), "mlp.gate_proj.weight": (wide, h), "mlp.up_proj.weight": (wide, h)}
-        layer |= {
-            "mlp.down_proj.weight": (h, wide),
-            "input_layernorm.weight": (h,),
-            "post_attention_layernorm.weight": (h,),
-        }
-        if self.qkv_bias:
-            layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+            layer[f"self_attn.{part}_proj.weight"] = (rows, h)
+            if self.qkv_bias:
+                layer[f"self_attn.{part}_proj.bias"] = (rows,)
+        layer["self_attn.o_proj.weight"] = (h, q)
         if self.out_bias:
             layer["self_attn.o_proj.bias"] = (h,)
         if self.qk_norm:
             layer |= {"self_attn.q_norm.weight": (self.head_dim,), "self_attn.k_norm.weight": (self.head_dim,)}
-        whole: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, h), "norm.weight": (h,)}
-        if not self.tied_embeddings:
-            whole["lm_head.weight"] = (self.vocab_size, h)
-        return whole | {
-            f"layers.{number}.{name}": shape for number in range(self.layers) for name, shape in layer.items()
-        }
+        return layer | (self._expert_tensors() if sparse else _mlp("mlp", h, self.intermediate_size))
+
+    def _expert_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The router, the experts, and the shared expert with its gate."""
+        moe, h = self.moe, self.hidden_size
+        assert moe is not None
+        layer: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (moe.experts, h)}
+        for expert in range(moe.experts):
+            layer |= _mlp(f"mlp.experts.{expert}", h, moe.intermediate_size)
+        if moe.shared_size:
+            layer |= {"mlp.shared_expert_gate.weight": (1, h)} | _mlp("mlp.shared_expert", h, moe.shared_size)
+        return layer
+
+
+def _mlp(name: str, hidden: int, wide: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"gate_proj": (wide, hidden), "up_proj": (wide, hidden), "down_proj": (hidden, wide)}
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
+
+def _numbers(tensors: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in tensors.values())
 
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -165,7 +219,9 @@ def parse_config(values: dict[str, Any], eos: int | list[int] | None = None) -> 
     eos = values.get("eos_token_id") if eos is None else eos
     if not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos or 0])):
         raise ValueError(f"config.json: eos_token_id={eos!r}; it must be a token id or a list of them")
-    bias = family == "qwen2" or bool(values.get("attention_bias"))
+    bias = (
+        bool(values.get("qkv_bias", True)) if family in ("qwen2", "qwen2_moe") else bool(values.get("attention_bias"))
+    )
     return ModelConfig(
         family=family,
         vocab_size=values["vocab_size"],
@@ -180,11 +236,46 @@ def parse_config(values: dict[str, Any], eos: int | list[int] | None = None) -> 
         rope=_rope(values, values.get("max_position_embeddings") or _MAX_POSITIONS[family]),
         tied_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=bias,
-        out_bias=family != "qwen2" and bool(values.get("attention_bias")),
-        qk_norm=family == "qwen3",
+        out_bias=family in ("llama", "qwen3", "qwen3_moe") and bool(values.get("attention_bias")),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         dtype=_dtype(values),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        moe=_moe(values, family),
     )
+
+
+def _moe(values: dict[str, Any], family: str) -> MoEConfig | None:
+    """The mixture of experts, for the families that have one."""
+    if family not in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        return None
+    qwen = family != "mixtral"
+    sizes: dict[str, Any] = {
+        "experts": values.get("num_experts") or values.get("num_local_experts") or (8 if not qwen else None),
+        "top_k": values.get("num_experts_per_tok") or (2 if not qwen else None),
+        "intermediate_size": values.get("moe_intermediate_size") if qwen else values["intermediate_size"],
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"config.json: a mixture of experts needs {_MOE_KEYS[name]}, a whole number above 0, not {size!r}"
+            )
+    if sizes["top_k"] > sizes["experts"]:
+        raise ValueError(
+            f"config.json: num_experts_per_tok={sizes['top_k']} is more than there are, {sizes['experts']} experts"
+        )
+    shared = values.get("shared_expert_intermediate_size") if family == "qwen2_moe" else 0
+    if family == "qwen2_moe" and (not isinstance(shared, int) or shared < 1):
+        raise ValueError(f"config.json: shared_expert_intermediate_size={shared!r}; it must be a whole number above 0")
+    every, dense = (values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()) if qwen else (1, ())
+    layers = range(values["num_hidden_layers"])
+    sparse = tuple(layer for layer in layers if layer not in dense and (layer + 1) % every == 0)
+    normalised = bool(values.get("norm_topk_prob", False)) if qwen else True
+    return MoEConfig(**sizes, layers=sparse, shared_size=shared or 0, normalised=normalised, softmax_last=not qwen)
+
+
+_MOE_KEYS = {
+    "experts": "num_experts or num_local_experts", "top_k": "num_experts_per_tok", "intermediate_size": "moe_intermediate_size"
+}  # fmt: skip
 
 
 def _refuse(values: dict[str, Any], family: str) -> None:
@@ -200,7 +291,8 @@ def _refuse(values: dict[str, Any], family: str) -> None:
         raise ValueError(
             f"partial_rotary_factor={values['partial_rotary_factor']} is not supported; heads are rotated whole"
         )
-    window = values.get("sliding_window") if values.get("use_sliding_window", family == "llama") else None
+    by_default = family in ("llama", "mixtral")
+    window = values.get("sliding_window") if values.get("use_sliding_window", by_default) else None
     if window or set(values.get("layer_types") or []) - {"full_attention"}:
         raise ValueError(
             "a sliding window, or layer_types other than full_attention, is not supported; attention sees the whole context"
@@ -216,7 +308,9 @@ def _rope(values: dict[str, Any], max_positions: int) -> RopeConfig:
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
     found.pop("type", None)
     theta = found.pop("rope_theta", None) or values.get("rope_theta")
-    theta = theta or (values.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
+    theta = (
+        theta or (values.get("rope_parameters") or {}).get("rope_theta") or _THETA.get(values["model_type"], 10_000.0)
+    )
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope scaling {kind!r} is not supported; this decoder has {', '.join(ROPE_TYPES)}")
     if found.pop("partial_rotary_factor", 1.0) not in (None, 1.0):

@@ -7,6 +7,7 @@ without a cache for activations could do. No tensors here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from minillm.hardware.devices import Device
@@ -91,14 +92,39 @@ def attention_cost(config: ModelConfig, tokens: int, context: int, element_bytes
     return Cost(flops, moved * element_bytes)
 
 
-def block_costs(config: ModelConfig, batch: Batch, element_bytes: int) -> tuple[Cost, Cost, Cost]:
-    """What one layer takes: the products of its attention block, its attention, and the products of its MLP."""
+def mlp_cost(rows: int, hidden: int, wide: int, element_bytes: int) -> Cost:
+    """The two products of an MLP."""
+    return product_cost(rows, hidden, 2 * wide, element_bytes) + product_cost(rows, wide, hidden, element_bytes)
+
+
+def experts_cost(config: ModelConfig, rows: int, element_bytes: int) -> Cost:
+    """A mixture of experts: its router, `top_k` experts a row, and the shared one, if every expert is chosen as often.
+
+    Of E experts E · (1 − (1 − k/E)^rows) are then read, on average.
+    """
+    moe, hidden = config.moe, config.hidden_size
+    assert moe is not None
+    read = min(moe.experts, math.ceil(moe.experts * (1 - (1 - moe.top_k / moe.experts) ** rows)))
+    weights = 3 * hidden * moe.intermediate_size * element_bytes
+    pairs = mlp_cost(rows * moe.top_k, hidden, moe.intermediate_size, element_bytes)
+    chosen = Cost(pairs.flops, pairs.memory_bytes + (read - 1) * weights)
+    return (
+        chosen
+        + product_cost(rows, hidden, moe.experts, element_bytes)
+        + mlp_cost(rows, hidden, moe.shared_size, element_bytes)
+    )
+
+
+def block_costs(config: ModelConfig, batch: Batch, element_bytes: int, sparse: bool = False) -> tuple[Cost, Cost, Cost]:
+    """What one layer takes: the products of its attention block, its attention, and the products of its MLP, or of its mixture
+    of experts.
+    """
     rows = sum(len(chunk.token_ids) for chunk in batch.chunks)
     hidden, queries, keys = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
     project = product_cost(rows, hidden, queries + 2 * keys, element_bytes)
     project += product_cost(rows, queries, hidden, element_bytes)
-    mlp = product_cost(rows, hidden, 2 * config.intermediate_size, element_bytes)
-    mlp += product_cost(rows, config.intermediate_size, hidden, element_bytes)
+    dense = mlp_cost(rows, hidden, config.intermediate_size, element_bytes)
+    mlp = experts_cost(config, rows, element_bytes) if sparse else dense
     attention = Cost()
     for chunk in batch.chunks:
         attention += attention_cost(config, len(chunk.token_ids), chunk.end, element_bytes)
@@ -120,7 +146,10 @@ def pass_cost(
     """
     size = element_bytes or DTYPE_BYTES[config.dtype]
     project, attention, mlp = block_costs(config, batch, size)
-    products = (project + mlp) * config.layers
+    sparse = len(config.moe.layers) if config.moe else 0
+    products = project * config.layers + mlp * (config.layers - sparse)
+    if sparse:
+        products += block_costs(config, batch, size, sparse=True)[2] * sparse
     return PassCost(
         products + head_cost(config, batch, size, every_row) if head else products, attention * config.layers
     )

@@ -1,6 +1,6 @@
 """The plain decoder: one device, no parallelism, every line of a transformer's forward pass in one file.
 
-Llama, Qwen2 and Qwen3. Products that share their input are one product: `qkv_proj` and `gate_up_proj`; otherwise names
+Llama, Qwen2, Qwen3, and their kin with a mixture of experts (`moe.py`). Products that share their input are one product: `qkv_proj` and `gate_up_proj`; otherwise names
 are the checkpoint's own. Modes of parallelism are *applied to* this model elsewhere; it knows nothing of ranks. How
 tokens see the cache is in `attention.py`. Weights come from `weights.load_weights`; the module is built without storage.
 """
@@ -8,7 +8,6 @@ tokens see the cache is in `attention.py`. Weights come from `weights.load_weigh
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import nn
 
@@ -16,6 +15,8 @@ from minillm.kv.paged import PagedCache
 from minillm.model.attention import Step, attention
 from minillm.model.config import ModelConfig
 from minillm.model.linear import Linear
+from minillm.model.mlp import MLP
+from minillm.model.moe import SparseMLP
 from minillm.model.rope import rope_frequencies, rotate
 from minillm.policy.batch import Batch
 
@@ -55,19 +56,6 @@ class Attention(nn.Module):
         return self.o_proj(attention(self.layer, q, k, v, step, cache).view(tokens, -1))
 
 
-class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) (Shazeer, 2020)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))
-
-
 class Layer(nn.Module):
     """One decoder layer: attention and MLP, each on a normalised copy, each added to the stream."""
 
@@ -76,7 +64,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        sparse = config.is_sparse(layer)
+        self.mlp = SparseMLP(config, layer) if sparse else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: torch.Tensor, step: Step, cache: PagedCache) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), step, cache)

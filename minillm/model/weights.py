@@ -18,6 +18,7 @@ from minillm.model.linear import Linear
 
 Cut = Callable[[str, tuple[int, ...]], tuple[slice, ...] | None]
 _MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_MIXTRAL = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".down_proj.": ".w2.", ".up_proj.": ".w3."}
 _IGNORED = "rotary_emb.inv_freq"  # old checkpoints store what `rope.py` computes
 
 
@@ -33,11 +34,20 @@ def checkpoint_names(name: str) -> list[str]:
     return [name.replace(merged, part) for part in _MERGED[merged]] if merged else [name]
 
 
+def spelled(config: ModelConfig, name: str) -> str:
+    """A tensor's name in a checkpoint of this family: Mixtral has words of its own for what others call alike."""
+    if config.family == "mixtral" and ".mlp." in name:
+        for ours, theirs in _MIXTRAL.items():
+            name = name.replace(ours, theirs)
+    return name
+
+
 def as_checkpoint(model: Decoder) -> dict[str, torch.Tensor]:
     """The weights under a checkpoint's names; merged ones are cut again into views of their rows."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        tensors.update(zip(checkpoint_names(name), parameter.split(part_rows(model, name, parameter))))
+        names = [spelled(model.config, source) for source in checkpoint_names(name)]
+        tensors.update(zip(names, parameter.split(part_rows(model, name, parameter))))
     return tensors
 
 
@@ -64,15 +74,16 @@ def load_weights(
     used = set()
     for name, parameter in list(model.named_parameters()):  # tied weights come once
         sources = checkpoint_names(name)
-        parts = [_read(tensors, source, cut) for source in sources]
-        for source, part, rows in zip(sources, parts, part_rows(model, name, parameter)):
+        stored = [spelled(model.config, source) for source in sources]
+        parts = [_read(tensors, source, at, cut) for source, at in zip(sources, stored)]
+        for at, part, rows in zip(stored, parts, part_rows(model, name, parameter)):
             expected = [rows, *parameter.shape[1:]]
             if list(part.shape) != expected:
-                raise ValueError(f"{folder}: {source} is {list(part.shape)}, but config.json makes it {expected}")
+                raise ValueError(f"{folder}: {at} is {list(part.shape)}, but config.json makes it {expected}")
         values = torch.empty(parameter.shape, device=device, dtype=dtype)  # a mapped file would be shared by ranks
         torch.cat([part.to(device=device, dtype=dtype) for part in parts], out=values)
         _assign(model, name, values)
-        used.update(sources)
+        used.update(stored)
     if model.config.tied_embeddings and isinstance(model.lm_head, Linear):
         model.lm_head.weight = model.embed_tokens.weight
         used.add("lm_head.weight")
@@ -84,7 +95,7 @@ def load_weights(
 
 def check_names(config: ModelConfig, folder: Path) -> None:
     """Raise `ValueError` when a checkpoint has not exactly the tensors of such a model; no weights are read."""
-    names = {name if name.startswith("lm_head.") else f"model.{name}" for name in config.tensors}
+    names = {spelled(config, name if name.startswith("lm_head.") else f"model.{name}") for name in config.tensors}
     tensors = Tensors(folder)
     for name in sorted(names):
         tensors.shape(name)
@@ -97,10 +108,10 @@ def _refuse_extra(folder: Path, config: ModelConfig, names: set[str]) -> None:
         raise ValueError(f"{folder} holds {extra[0]} ({len(extra)} such), which a {config.family} decoder does not use")
 
 
-def _read(tensors: Tensors, source: str, cut: Cut) -> torch.Tensor:
-    part = cut(source.removeprefix("model."), tensors.shape(source))
+def _read(tensors: Tensors, source: str, stored: str, cut: Cut) -> torch.Tensor:
+    part = cut(source.removeprefix("model."), tensors.shape(stored))
     assert part is not None, f"the model has a place for {source}, of which it holds nothing"
-    return tensors.read(source, part)
+    return tensors.read(stored, part)
 
 
 def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:

@@ -46,7 +46,8 @@ class Layout:
                 raise ValueError(f"layout: stage {stage} has {layers!r} layers; give every stage at least one")
         if self.ep not in (1, self.dp * self.tp):
             raise ValueError(
-                f"layout: ep={self.ep} must be 1 or dp·tp = {self.dp * self.tp}; type ep={self.dp * self.tp} or leave it out"
+                f"layout: ep={self.ep} must be 1 or dp·tp = {self.dp * self.tp}; experts lie over the dp·tp ranks of a stage: "
+                f"type dp={self.ep},ep={self.ep} or tp={self.ep},ep={self.ep}, or leave ep out"
             )
 
     @classmethod
@@ -88,6 +89,16 @@ class Layout:
         """How many ranks the layout takes."""
         return self.dp * self.pp * self.cp * self.tp
 
+    @property
+    def instances(self) -> int:
+        """How many copies of the weights there are, each a fault domain of its own. Replicas that share experts are one."""
+        return 1 if self.ep > 1 else self.dp
+
+    @property
+    def leaders(self) -> tuple[int, ...]:
+        """The first rank of every replica, which has its scheduler."""
+        return tuple(range(0, self.world_size, self.world_size // self.dp))
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where a rank stands on the mesh, by axis. Raises `ValueError` for a rank outside it."""
         if not 0 <= rank < self.world_size:
@@ -97,11 +108,18 @@ class Layout:
         dp, pp = divmod(rest, self.pp)
         return {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
 
-    def along(self, axis: str, rank: int) -> tuple[int, ...]:
-        """The ranks that differ from `rank` in their place on this axis alone, itself among them, in order."""
+    def expert_rank(self, rank: int) -> int:
+        """Which one of the ranks that share a stage's experts it is: dp · TP + tp."""
         here = self.coordinates(rank)
-        line = [other for other in range(self.world_size) if {**self.coordinates(other), axis: 0} == {**here, axis: 0}]
-        return tuple(line)
+        return here["dp"] * self.tp + here["tp"]
+
+    def along(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` in their place on this axis alone, itself among them, in order. Along "ep" they are
+        all that share a stage's experts: they differ in dp and tp.
+        """
+        moving = ("dp", "tp") if axis == "ep" else (axis,)
+        fixed = {other: place for other, place in self.coordinates(rank).items() if other not in moving}
+        return tuple(other for other in range(self.world_size) if fixed.items() <= self.coordinates(other).items())
 
     def layers(self, total: int, stage: int) -> range:
         """The decoder layers of a pipeline stage, of `total` layers."""
@@ -121,11 +139,22 @@ class Layout:
             )
         if self.tp > config.heads:
             self._refuse("tp", f"{config.heads} query heads", config.heads)
-        if self.tp > config.intermediate_size:
-            self._refuse("tp", f"{config.intermediate_size} MLP columns", config.intermediate_size)
-        if self.ep > 1:
+        moe, columns = config.moe, config.intermediate_size
+        if self.ep == 1 and moe is not None:
+            columns = min(columns, moe.intermediate_size, moe.shared_size or columns)
+        if self.tp > columns:
+            self._refuse("tp", f"{columns} MLP columns", columns)
+        if self.ep > 1 and moe is None:
             raise ValueError(
                 f"layout {str(self)!r}: ep={self.ep} needs a mixture of experts; this {config.family} model is dense"
+            )
+        if moe is not None and self.ep > moe.experts:
+            nearest = replace(self, dp=max(1, moe.experts // self.tp), ep=max(1, moe.experts // self.tp) * self.tp)
+            if nearest.ep > moe.experts:
+                nearest = replace(self, dp=1, tp=moe.experts, ep=moe.experts)
+            raise ValueError(
+                f"layout {str(self)!r}: ep={self.ep} ranks are more than the {moe.experts} experts of a layer; the nearest that "
+                f"fits is {str(nearest)!r}"
             )
 
     def _stretched(self, layers: int) -> tuple[int, ...]:

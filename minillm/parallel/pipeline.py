@@ -50,7 +50,7 @@ def cut_to_stage(model: Decoder, shard: Shard) -> None:
         model.embed_tokens = Elsewhere()  # type: ignore[assignment]
     if not shard.last_stage:
         model.norm, model.lm_head = Elsewhere(), Elsewhere()  # type: ignore[assignment]
-    model.config = replace(model.config, layers=len(shard.layers))
+    model.config = model.config.of_layers(shard.layers)
 
 
 @dataclass

@@ -11,15 +11,19 @@ from functools import cached_property
 
 from minillm.model.config import ModelConfig
 from minillm.parallel.layout import Layout, share
+from minillm.policy.experts import Placement, even
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of a model: which layers, which heads, which columns."""
+    """One rank's part of a model: which layers, which heads, which columns, which experts. `placements` say who holds which
+    experts of each layer that has some, in order; even shares by default.
+    """
 
     config: ModelConfig
     layout: Layout
     rank: int
+    placements: tuple[Placement, ...] = ()
 
     @cached_property
     def layers(self) -> range:
@@ -45,11 +49,33 @@ class Shard:
     def weight_bytes(self, element_bytes: int) -> int:
         """What its weights take, by formula. Tied embeddings are on the first stage and on the last."""
         total = 0
-        for name, shape in replace(self.config, layers=1).tensors.items():  # all layers are alike
-            layer = name.startswith("layers.")
-            part = self._cut_layer(name, shape) if layer else self.cut(name, shape)
-            total += 0 if part is None else _size(shape, part) * (len(self.layers) if layer else 1)
+        for name, shape in replace(self.config, layers=0).tensors.items():
+            total += self._numbers(shape, self.cut(name, shape))
+        sparse = [layer for layer in self.layers if self.config.is_sparse(layer)]
+        dense = [layer for layer in self.layers if layer not in sparse]
+        for layers in (dense, sparse):  # alike, but for who holds which experts
+            for name, shape in self.config.layer_tensors(layers is sparse).items() if layers else ():
+                holding = [layer for layer in layers if self._has(f"layers.{layer}.{name}")]
+                total += len(holding) * self._numbers(shape, self._cut_layer(name, shape))
         return element_bytes * total
+
+    @staticmethod
+    def _numbers(shape: tuple[int, ...], part: tuple[slice, ...] | None) -> int:
+        return 0 if part is None else _size(shape, part)
+
+    def experts(self, layer: int) -> tuple[int, ...]:
+        """The experts of a layer that this rank holds: all of them, at least a slice, unless they are shared out."""
+        moe = self.config.moe
+        assert moe is not None
+        if self.layout.ep == 1:
+            return tuple(range(moe.experts))
+        return self.placement(layer).held(self.layout.expert_rank(self.rank))
+
+    def placement(self, layer: int) -> Placement:
+        """Who holds which experts of a layer, of those that share its stage."""
+        moe = self.config.moe
+        assert moe is not None
+        return self.placements[moe.layers.index(layer)] if self.placements else even(moe.experts, self.layout.ep)
 
     @cached_property
     def kv_heads(self) -> range:
@@ -72,34 +98,47 @@ class Shard:
     @cached_property
     def columns(self) -> range:
         """Of the MLP's intermediate numbers."""
-        return share(self.config.intermediate_size, self.layout.tp, self._at("tp"))
+        return self.share(self.config.intermediate_size)
+
+    def share(self, total: int) -> range:
+        """This rank's share of so many things that are cut by tp."""
+        return share(total, self.layout.tp, self._at("tp"))
 
     @cached_property
     def vocabulary(self) -> range:
         """Of the words, in the embedding and in the LM head."""
-        return share(self.config.vocab_size, self.layout.tp, self._at("tp"))
+        return self.share(self.config.vocab_size)
 
     def cut(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """The part of a tensor (its name without "model.") that this rank holds; None when it holds none of it."""
         if name.startswith("layers."):
-            return self._cut_layer(name, shape) if int(name.split(".")[1]) in self.layers else None
+            return self._cut_layer(name, shape) if self._has(name) else None
         if name == "norm.weight":
             return () if self.last_stage else None
         first = name == "embed_tokens.weight" and self.first_stage
         last = self.last_stage and (name == "lm_head.weight" or self.config.tied_embeddings)
         return (_slice(self.vocabulary),) if first or last else None
 
+    def _has(self, name: str) -> bool:
+        """Whether something of a layer's tensor is here."""
+        _, layer, *path = name.split(".")
+        if int(layer) not in self.layers:
+            return False
+        return "experts" not in path or int(path[path.index("experts") + 1]) in self.experts(int(layer))
+
     def _cut_layer(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
         module, leaf = name.split(".")[-2:]
+        if "expert" in name and self.layout.ep > 1:
+            return ()  # an expert is whole; so is the shared one, which every rank has for its own tokens
         if module in ("q_proj", "k_proj", "v_proj"):
             return (_slice(self.heads if module == "q_proj" else self.kv_heads, self.config.head_dim),)
         if module == "o_proj" and leaf == "weight":
             return (slice(None), _slice(self.heads, self.config.head_dim))
         if module in ("gate_proj", "up_proj"):
-            return (_slice(self.columns),)
+            return (_slice(self.share(shape[0])),)
         if module == "down_proj":
-            return (slice(None), _slice(self.columns))
-        return ()  # norms, and the output bias, which every rank holds whole
+            return (slice(None), _slice(self.share(shape[1])))
+        return ()  # norms, routers, and the output bias, which every rank holds whole
 
     def _place_in_group(self) -> tuple[int, int, int]:
         """(KV group, place among the ranks that serve it, how many serve it), for tp > kv_heads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 GRID: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, one KV head": {"model_type": "llama", "num_key_value_heads": 1},
@@ -73,7 +75,20 @@ GRID: dict[str, dict[str, Any]] = {
     "qwen2, yarn, tied": {"model_type": "qwen2", "rope_scaling": YARN, "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3, wide heads, biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
-}
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral, one expert a token, tied": {
+        "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True
+    },
+    "qwen3_moe": {"model_type": "qwen3_moe", **EXPERTS, "norm_topk_prob": True, "head_dim": 16},
+    "qwen3_moe, weights as they are, every other layer": {
+        "model_type": "qwen3_moe", **EXPERTS, "decoder_sparse_step": 2, "num_hidden_layers": 3, "attention_bias": True
+    },
+    "qwen3_moe, some layers dense": {"model_type": "qwen3_moe", **EXPERTS, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen2_moe, a shared expert": {"model_type": "qwen2_moe", **EXPERTS, "shared_expert_intermediate_size": 44},
+    "qwen2_moe, normalised, no bias": {
+        "model_type": "qwen2_moe", **EXPERTS, "shared_expert_intermediate_size": 12, "norm_topk_prob": True, "qkv_bias": False
+    },
+}  # fmt: skip
 
 
 def make(folder: Path, values: dict[str, Any], shard_size: str = "50GB") -> Any:
@@ -187,8 +202,12 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_in_chunks(load(tmp_path), ids, []), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "llama, biases", "qwen2", "qwen3, wide heads, biases"])
+@pytest.mark.parametrize(
+    "name", ["llama, tied", "llama, biases", "qwen2", "qwen3, wide heads, biases", "mixtral", "qwen2_moe, a shared expert",
+    "qwen3_moe, weights as they are, every other layer"],
+)  # fmt: skip
 def test_the_number_of_parameters(tmp_path: Path, name: str) -> None:
     reference = make(tmp_path, GRID[name])
     config: ModelConfig = read_config(tmp_path)
     assert config.parameters == sum(p.numel() for p in reference.parameters())
+    assert config.parameters == sum(math.prod(shape) for shape in config.tensors.values())

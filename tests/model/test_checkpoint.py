@@ -100,7 +100,18 @@ def test_a_missing_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' is not supported"),
+        ({"model_type": "deepseek_v3"}, "model_type='deepseek_v3' is not supported"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+            "num_experts_per_tok=3 is more than there are, 2",
+        ),
+        ({"model_type": "mixtral", "sliding_window": 16}, "sliding window"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8}, "needs num_experts_per_tok"),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "needs moe_intermediate_size"),
+        (
+            {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+            "shared_expert_intermediate_size=None",
+        ),
         ({"model_type": None}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"mlp_bias": True}, "mlp_bias"),

@@ -1,0 +1,105 @@
+"""A mixture of experts in place of a layer's MLP: a router chooses a few experts for each token, and adds up what they say.
+
+Nothing is dropped: an expert takes all tokens that chose it, as one product (Gale et al., 2022, "dropless"), however many
+they are. That all experts are here is no business of `grouped`: it computes those that it is given, for the rows that chose
+them. The file knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minillm.model.config import ModelConfig, MoEConfig
+from minillm.model.linear import Linear
+from minillm.model.mlp import MLP
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where tokens go: `experts` [tokens, top_k], and by how much each counts, `weights` [tokens, top_k]."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+class Router(nn.Module):
+    """Chooses experts by a linear layer. Raises `ValueError` when its scores are not numbers.
+
+    Two orders: softmax over all experts, then the top k (Switch, Fedus et al. 2021; Qwen), divided by their sum or not; or
+    the top k, then softmax over them (Mixtral, Jiang et al. 2024, section 2.1), which is the former with the division.
+    """
+
+    def __init__(self, hidden: int, moe: MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(moe.experts, hidden))
+        self.moe, self.layer = moe, layer
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        scores = F.linear(x, self.weight).float()  # [tokens, experts]
+        if not self.moe.softmax_last:
+            scores = scores.softmax(-1)
+        weights, experts = scores.topk(self.moe.top_k)
+        if self.moe.softmax_last:
+            weights = weights.softmax(-1)
+        elif self.moe.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if torch.isnan(weights.sum()):
+            token = int(weights.isnan().any(-1).nonzero()[0])
+            raise ValueError(
+                f"layer {self.layer}: the router's scores of row {token} are NaN: its weights, or what it got, are broken"
+            )
+        return Routing(experts, weights.to(x.dtype))
+
+
+class SparseMLP(nn.Module):
+    """The router, the experts by their numbers, and where the model has one a shared expert for every token.
+
+    `combine` is what is still to be done with the result: nothing here; a sum over ranks where each has a slice.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        moe, hidden = config.moe, config.hidden_size
+        assert moe is not None
+        self.gate = Router(hidden, moe, layer)
+        self.experts = nn.ModuleDict({str(each): MLP(hidden, moe.intermediate_size) for each in range(moe.experts)})
+        self.shared_expert = MLP(hidden, moe.shared_size) if moe.shared_size else None
+        self.shared_expert_gate = Linear(hidden, 1, bias=False) if moe.shared_size else None
+        self.combine: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
+        self.chosen: Callable[[torch.Tensor], None] | None = None  # is told the experts of each token
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        routing = self.gate(x)
+        if self.chosen is not None:
+            self.chosen(routing.experts)
+        out = grouped(self.experts, x, routing)  # type: ignore[arg-type]
+        return self.combine(self.add_shared(x, out))
+
+    def add_shared(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`out`, and what the shared expert says of x, as far as its own gate lets it."""
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return out
+        return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+
+def grouped(experts: Mapping[str, MLP], x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Each row's Σ weight · expert(row), over those of its experts that are among `experts`: [rows, hidden] -> the same.
+
+    Pairs of (row, expert) are sorted by expert, so that each expert takes its rows as one product; what it says goes back
+    to the pair's place, where a row's pairs are side by side.
+    """
+    rows, top_k = routing.experts.shape
+    pairs = routing.experts.flatten()
+    order = pairs.argsort(stable=True)
+    counts = torch.bincount(pairs).tolist()
+    taken = x[order // top_k].split(counts)  # each expert's rows
+    said = x.new_zeros(rows * top_k, x.shape[-1])
+    for number, (mine, places) in enumerate(zip(taken, order.split(counts))):
+        if len(mine) and str(number) in experts:
+            said[places] = experts[str(number)](mine)
+    return (said.view(rows, top_k, x.shape[-1]) * routing.weights[:, :, None]).sum(1)
