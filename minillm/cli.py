@@ -132,6 +132,13 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
         "--sum-chunks", type=int, default=1, metavar="N", help="parts of a long prompt's sums (default 1)"
     )
     options.add_argument(
+        "--micro-batches", type=int, default=1, metavar="N", help="2: half a step's tokens travel to experts meanwhile"
+    )
+    options.add_argument("--rebalance-steps", type=int, metavar="N", help="steps between placements of experts by load")
+    options.add_argument(
+        "--redundant-experts", type=int, default=0, metavar="N", help="copies of the hottest in each layer (default 0)"
+    )
+    options.add_argument(
         "--router",
         default="least-tokens",
         metavar="NAME",

@@ -20,13 +20,14 @@ from minillm.model.checkpoint import find_checkpoint
 from minillm.model.config import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import pack
+from minillm.model.moe import Tally, count_choices
 from minillm.model.placement import choose_device, choose_dtype, one_thread
 from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
 from minillm.parallel.data import Replicas
 from minillm.parallel.hybrid import fill
-from minillm.parallel.instance import Instance, start_pools, start_replicas
+from minillm.parallel.instance import Instance, start_pools, start_replicas, tallied
 from minillm.parallel.layout import Layout
 from minillm.parallel.member import score
 from minillm.parallel.remote import RemoteEngine
@@ -83,6 +84,7 @@ class LLM:
             self.model = Decoder(self.config)
             load_weights(self.model, self.folder, self.device, self.dtype)
             pack(self.model)
+            self.tally = count_choices(self.model)
         else:
             check_names(self.config, self.folder)
             self.instances = self._on_ranks(ranks)
@@ -192,6 +194,22 @@ class LLM:
         with one_thread(), recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
             return self.model(Batch((Chunk(0, 0, tuple(token_ids), (0,)),)), cache, every_row=True)
 
+    def expert_choices(self, clear: bool = False) -> Tally:
+        """What tokens have chosen in each layer that has experts, since the last time that it was asked for with `clear`, or since
+        the experts were placed anew. Raises `ValueError` for a dense model, and while requests run.
+        """
+        self._check_open()
+        if self.config.moe is None:
+            raise ValueError(f"this {self.config.family} model is dense: it has no experts")
+        if "engine" in self.__dict__ and self.engine.has_work:
+            raise ValueError("requests are running: let them end first")
+        if self.layout.world_size > 1:
+            return tallied(self.instances, clear)
+        told = copy.deepcopy(self.tally)
+        if clear:
+            self.tally.clear()
+        return told
+
     def with_options(self, options: EngineOptions | None = None, router: str | type[Router] | None = None) -> LLM:
         """The same weights under an engine of its own, with other limits and switches, or another router."""
         twin = copy.copy(self)
@@ -231,10 +249,11 @@ class LLM:
         self._check_open()
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
-        if self.layout.dp > 1:
-            return Replicas(self.instances, self.options, recorder, make_router(self.router, self.layout.dp))
+        router = make_router(self.router, self.layout.dp)
+        if self.layout.instances > 1:
+            return Replicas(self.instances, self.options, recorder, router)
         if self.layout.world_size > 1:
-            return RemoteEngine(self.instance, self.options, recorder)
+            return RemoteEngine(self.instance, self.options, recorder, router=router)
         return Engine(LocalRunner(self.model, self.options), self.options, recorder)
 
     @property

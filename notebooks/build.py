@@ -2,13 +2,14 @@
 
 Sources are `src/NN_name.py` (py:percent); what is stored beside this file is the same lesson with its outputs, and in
 `solved/` its exercises with their solutions; both free of times, ids and machine names, so that running an unchanged
-lesson changes little. `--check` compares without running.
+lesson changes little. `--check` compares without running; `--shown` brings only what `show_source` shows up to date.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import io
 import re
 import sys
@@ -95,6 +96,29 @@ def run(source: Path) -> list[Path]:
     return targets
 
 
+def refresh(source: Path) -> list[Path]:
+    """Run only the cells of a stored lesson, and of its solved variant, that show the engine's source; returns the files that
+    changed.
+    """
+    changed = []
+    for target in (HERE / f"{source.stem}.ipynb", HERE / "solved" / f"{source.stem}.ipynb"):
+        notebook = nbformat.read(target, as_version=4)
+        showing = [cell for cell in notebook.cells if cell.cell_type == "code" and "show_source(" in cell.source]
+        alone = nbformat.v4.new_notebook(cells=copy.deepcopy(showing), metadata=copy.deepcopy(notebook.metadata))
+        if showing:
+            NotebookClient(alone, timeout=60, resources={"metadata": {"path": HERE}}).execute()
+        before = copy.deepcopy(notebook)
+        for cell, fresh in zip(showing, alone.cells):
+            for output in fresh.outputs:
+                if "execution_count" in output:
+                    output["execution_count"] = cell.execution_count
+            cell.outputs = fresh.outputs
+        if notebook != before:
+            nbformat.write(notebook, target)
+            changed.append(target)
+    return changed
+
+
 def fewer_colours(picture: str) -> str:
     """A picture of 256 colours, in base64 as before: drawings have few, and every stored lesson stays in Git for ever."""
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
@@ -140,10 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lessons", nargs="*", help="numbers of lessons, such as 00; all by default")
     parser.add_argument("--check", action="store_true", help="only say what is not in step")
+    parser.add_argument("--shown", action="store_true", help="only bring up to date what show_source shows")
     options = parser.parse_args()
     if options.check:
         found = [text for source in sources(options.lessons) for text in problems(source)]
         sys.exit("\n".join(found) if found else 0)
+    if options.shown:
+        print(*(target.name for source in sources(options.lessons) for target in refresh(source)), sep="\n")
+        return
     for source in sources(options.lessons):
         began = time.monotonic()
         print(f"{run(source)[0].name} and its solved variant: {time.monotonic() - began:.1f} s")

@@ -11,7 +11,9 @@ from typing import Any
 from helpers import SWITCHES
 from hypothesis import strategies as st
 
-from minillm import LLM, EngineOptions, SamplingParams
+from minillm import LLM, EngineOptions, Layout, Ranks, SamplingParams
+from minillm.model.config import read_config
+from minillm.parallel.shards import Shard
 
 OPTIONS = st.builds(
     EngineOptions,
@@ -51,6 +53,39 @@ def started(folder: Path) -> Iterator[dict[str, LLM]]:
     finally:
         for llm in llms.values():
             llm.close()
+
+
+class Made:
+    """One device, and layouts on ranks that all models of the same number of ranks share; each made when asked for."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders, self.ranks = folders, {}
+        self.ones, self.several = {}, {}
+
+    def one(self, family: str) -> LLM:
+        if family not in self.ones:
+            self.ones[family] = LLM(self.folders[family], device="cpu")
+        return self.ones[family]
+
+    def on(self, family: str, layout: str) -> LLM:
+        if (family, layout) not in self.several:
+            size = Layout.parse(layout).world_size
+            ranks = self.ranks.setdefault(size, Ranks(size, device="cpu", timeout_s=5))
+            self.several[family, layout] = LLM(self.folders[family], layout=layout, device="cpu", ranks=ranks)
+        return self.several[family, layout]
+
+    def close(self) -> None:
+        for ranks in self.ranks.values():
+            ranks.close()
+
+
+def check_weights(llm: LLM, folder: Path) -> list[int]:
+    """That every rank has read and holds what the layout predicts, to the byte; which is returned."""
+    config = read_config(folder)
+    predicted = [Shard(config, llm.layout, rank).weight_bytes(4) for rank in range(llm.layout.world_size)]
+    assert [loaded.weight_bytes for loaded in llm.instance.loaded] == predicted
+    assert [loaded.bytes_read for loaded in llm.instance.loaded] == predicted
+    return predicted
 
 
 @cache

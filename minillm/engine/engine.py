@@ -89,8 +89,8 @@ class Engine:
         """One turn of the loop: fill the runner, take what comes out first. No pieces when nothing can run."""
         try:
             while len(self.under_way) < self.runner.depth:
-                work = self.schedule()
-                if not work.batch.chunks:
+                work = self.runner.agree(self.schedule())
+                if work is None:
                     break
                 self.under_way.append(work)
                 self.runner.start(work)

@@ -26,13 +26,14 @@ GPU_CACHE_SHARE = 0.8
 @dataclass(frozen=True)
 class Work:
     """One step for a runner: the batch, how the next token of each row that samples is drawn (`sampling.draw`), and how
-    many blocks of the KV cache are in use.
+    many blocks of the KV cache are in use. Where replicas share experts, `tokens` says how many each has in this step.
     """
 
     step: int
     batch: Batch
     draws: tuple[tuple[Draw, ...], ...]
     used_blocks: int
+    tokens: tuple[int, ...] = ()
 
     def by_chunk(self, drawn: Sequence[list[int]]) -> list[list[int]]:
         """The drawn tokens of every chunk: none for those within their prompts."""
@@ -51,6 +52,9 @@ class Runner(Protocol):
 
     @property
     def recorder(self) -> Recorder: ...
+
+    def agree(self, work: Work) -> Work | None:
+        """What is to be started: the work, or None when there is nothing to do."""
 
     def start(self, work: Work) -> None: ...
 
@@ -83,6 +87,10 @@ class LocalRunner:
         """Let `recorder` have the spans, and the memory held."""
         self._recorder = recorder
         recorder.memory(Category.WEIGHTS, weight_bytes(self.model))
+
+    def agree(self, work: Work) -> Work | None:
+        """The work, unless it is empty."""
+        return work if work.batch.chunks else None
 
     def start(self, work: Work) -> None:
         """Take a work; it is computed when its tokens are asked for."""
@@ -129,6 +137,7 @@ def step_span(
     chunks = work.batch.chunks
     prompts = sum(chunk.is_prefill for chunk in chunks)
     name = "decode" if not prompts else "prefill" if prompts == len(chunks) else "prefill + decode"
+    name = name if chunks else "others' tokens"
     return recorder.step(
         Kind.PREFILL if prompts else Kind.DECODE,
         name,

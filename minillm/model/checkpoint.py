@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from safetensors import SafetensorError, safe_open
 
 from minillm.model.config import read_json
 from minillm.model.embedded import embedded_folder
+from minillm.model.tiny_moe import tiny_moe_folder
+from minillm.model.upcycle import upcycled_folder
 
+WITH_THE_COURSE: dict[str, Callable[[], Path]] = {"tiny-moe": tiny_moe_folder, "smollm2-moe": upcycled_folder}
+_ALIASES = "aliases.json"
 _INDEX = "model.safetensors.index.json"
 _WANTED = ["*.json", "*.safetensors", "*.jinja"]
 
 
 def find_checkpoint(name: str | Path | None) -> Path:
-    """The folder of a checkpoint: a path, a hub name "owner/model", or None for the embedded model.
+    """The folder of a checkpoint: a path, a hub name "owner/model", or None for the embedded model. Two more come with the course:
+    "tiny-moe" (`tiny_moe/`), and "smollm2-moe", the embedded model with 4 experts a layer (`upcycle.py`).
 
     Raises `ValueError` when there is no such folder, or the hub cannot be reached.
     """
@@ -33,10 +39,15 @@ def find_checkpoint(name: str | Path | None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if str(name) in WITH_THE_COURSE:
+        return WITH_THE_COURSE[str(name)]()
     if path.exists():
         raise ValueError(f"{path} is a file: give the folder that holds config.json and the safetensors")
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {path}: give an existing folder, or a hub name such as owner/model")
+        raise ValueError(
+            f"there is no folder {path}: give an existing folder, a hub name such as owner/model, or one of "
+            f"{', '.join(WITH_THE_COURSE)}"
+        )
     return _download(str(name))
 
 
@@ -70,6 +81,7 @@ def fingerprint(folder: Path) -> str:
 class Tensors:
     """The tensors of a checkpoint's folder by name, in one file or in shards with an index; slices are read alone.
 
+    A folder with `aliases.json` has tensors of another checkpoint's file too, under names of its own.
     `bytes_read` counts what was asked for. Raises `ValueError` for a folder without safetensors, a missing shard, and
     a truncated file.
     """
@@ -79,6 +91,11 @@ class Tensors:
         self.bytes_read = 0
         self._files: dict[str, Any] = {}
         self._file_of = self._find()
+        self._stored: dict[str, str] = {}  # names in the file, where they are others
+        if (folder / _ALIASES).exists():
+            aliases = read_json(folder / _ALIASES)
+            self._stored = dict(aliases["names"])
+            self._file_of |= dict.fromkeys(self._stored, aliases["file"])
 
     @property
     def names(self) -> set[str]:
@@ -131,6 +148,6 @@ class Tensors:
         if name not in self._file_of:
             raise ValueError(f"{self.folder} has no tensor {name}, which its config.json calls for")
         try:
-            return self._open(self._file_of[name]).get_slice(name)
+            return self._open(self._file_of[name]).get_slice(self._stored.get(name, name))
         except SafetensorError as error:
             raise ValueError(f"{self.folder / self._file_of[name]} does not hold {name} ({error})") from None

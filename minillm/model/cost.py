@@ -97,6 +97,12 @@ def mlp_cost(rows: int, hidden: int, wide: int, element_bytes: int) -> Cost:
     return product_cost(rows, hidden, 2 * wide, element_bytes) + product_cost(rows, wide, hidden, element_bytes)
 
 
+def chosen_cost(pairs: int, read: int, hidden: int, wide: int, element_bytes: int) -> Cost:
+    """The MLPs of `read` experts for so many pairs of (token, expert)."""
+    products = mlp_cost(pairs, hidden, wide, element_bytes)
+    return Cost(products.flops, products.memory_bytes + (read - 1) * 3 * hidden * wide * element_bytes)
+
+
 def experts_cost(config: ModelConfig, rows: int, element_bytes: int) -> Cost:
     """A mixture of experts: its router, `top_k` experts a row, and the shared one, if every expert is chosen as often.
 
@@ -105,14 +111,9 @@ def experts_cost(config: ModelConfig, rows: int, element_bytes: int) -> Cost:
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
     read = min(moe.experts, math.ceil(moe.experts * (1 - (1 - moe.top_k / moe.experts) ** rows)))
-    weights = 3 * hidden * moe.intermediate_size * element_bytes
-    pairs = mlp_cost(rows * moe.top_k, hidden, moe.intermediate_size, element_bytes)
-    chosen = Cost(pairs.flops, pairs.memory_bytes + (read - 1) * weights)
-    return (
-        chosen
-        + product_cost(rows, hidden, moe.experts, element_bytes)
-        + mlp_cost(rows, hidden, moe.shared_size, element_bytes)
-    )
+    chosen = chosen_cost(rows * moe.top_k, read, hidden, moe.intermediate_size, element_bytes)
+    router = product_cost(rows, hidden, moe.experts, element_bytes)
+    return router + chosen + mlp_cost(rows, hidden, moe.shared_size, element_bytes)
 
 
 def block_costs(config: ModelConfig, batch: Batch, element_bytes: int, sparse: bool = False) -> tuple[Cost, Cost, Cost]:

@@ -113,11 +113,15 @@ class Decoder(nn.Module):
 
     def through(self, x: torch.Tensor, batch: Batch, cache: PagedCache) -> torch.Tensor:
         """Through all layers, which put the batch's tokens into the cache: [tokens, hidden] -> [tokens, hidden]."""
-        cos, sin = self.turn(torch.tensor(batch.positions, device=self.device))
-        step = Step.of(batch, cache.block_size, cos, sin, self.reference_attention)
+        step = self.step(batch, cache)
         for layer in self.layers:
             x = layer(x, step, cache)
         return x
+
+    def step(self, batch: Batch, cache: PagedCache) -> Step:
+        """What all layers share for a batch."""
+        cos, sin = self.turn(torch.tensor(batch.positions, device=self.device))
+        return Step.of(batch, cache.block_size, cos, sin, self.reference_attention)
 
     def logits(self, x: torch.Tensor, batch: Batch, every_row: bool = False) -> torch.Tensor:
         """From what left the last layer [tokens, hidden] to logits, of the rows that `forward` says."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import nn
 from minillm.model.config import ModelConfig, MoEConfig
 from minillm.model.linear import Linear
 from minillm.model.mlp import MLP
+
+NOBODY = -1  # in place of an expert, where a pair is none, or not for here
 
 
 @dataclass(frozen=True)
@@ -87,19 +90,70 @@ class SparseMLP(nn.Module):
         return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
 
+@dataclass
+class Tally:
+    """What tokens chose in each layer that has experts, since it was begun: `pairs` [layers, experts] of (token, expert); of these
+    what each rank had to compute, `work` [layers, ranks]; and of these what the fullest rank had, step by step, `fullest`
+    [layers]: a layer takes as long as that rank does.
+    """
+
+    pairs: torch.Tensor
+    work: torch.Tensor
+    fullest: torch.Tensor
+
+    @classmethod
+    def zero(cls, layers: int, experts: int, ranks: int = 1) -> Tally:
+        """Nothing yet."""
+        return cls(*(torch.zeros(*size, dtype=torch.int64) for size in ((layers, experts), (layers, ranks), (layers,))))
+
+    def add(self, layer: int, experts: torch.Tensor, goes_to: torch.Tensor | None = None) -> None:
+        """Pairs of a step, of any shape, and the ranks that they go to, if there are several; `NOBODY` is none."""
+        present = experts >= 0
+        self.pairs[layer] += torch.bincount(experts[present], minlength=self.pairs.shape[1]).cpu()
+        where = torch.zeros_like(experts) if goes_to is None else goes_to
+        work = torch.bincount(where[present], minlength=self.work.shape[1]).cpu()
+        self.work[layer] += work
+        self.fullest[layer] += work.max()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        for counts in vars(self).values():
+            counts.zero_()
+
+    @property
+    def imbalance(self) -> float:
+        """The fullest rank's pairs over the mean, over all layers and steps: 1 is as good as can be."""
+        total = int(self.work.sum())
+        return int(self.fullest.sum()) * self.work.shape[1] / total if total else 1.0
+
+    def __add__(self, other: Tally) -> Tally:
+        """Of other tokens through the same layers."""
+        return Tally(self.pairs + other.pairs, self.work + other.work, self.fullest + other.fullest)
+
+
+def count_choices(model: nn.Module) -> Tally:
+    """A tally of all that the model's routers choose from now on."""
+    sparse = [module for module in model.modules() if isinstance(module, SparseMLP)]
+    tally = Tally.zero(len(sparse), sparse[0].gate.moe.experts if sparse else 0)
+    for place, mlp in enumerate(sparse):
+        mlp.chosen = partial(tally.add, place)
+    return tally
+
+
 def grouped(experts: Mapping[str, MLP], x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Each row's Σ weight · expert(row), over those of its experts that are among `experts`: [rows, hidden] -> the same.
+    """Each row's Σ weight · expert(row), over those of its experts that are among `experts`. [rows, hidden] -> the
+    same.
 
     Pairs of (row, expert) are sorted by expert, so that each expert takes its rows as one product; what it says goes back
     to the pair's place, where a row's pairs are side by side.
     """
     rows, top_k = routing.experts.shape
-    pairs = routing.experts.flatten()
+    pairs = routing.experts.flatten() + 1
     order = pairs.argsort(stable=True)
     counts = torch.bincount(pairs).tolist()
-    taken = x[order // top_k].split(counts)  # each expert's rows
+    taken = x[order // top_k].split(counts)  # nobody's, then each expert's rows
     said = x.new_zeros(rows * top_k, x.shape[-1])
-    for number, (mine, places) in enumerate(zip(taken, order.split(counts))):
+    for number, (mine, places) in enumerate(zip(taken, order.split(counts)), -1):
         if len(mine) and str(number) in experts:
             said[places] = experts[str(number)](mine)
     return (said.view(rows, top_k, x.shape[-1]) * routing.weights[:, :, None]).sum(1)

@@ -74,7 +74,7 @@ def fill(launch: Launch, layout: Layout, device: str | None = None) -> list[Rank
             f"layout {str(layout)!r} takes {size} rank{'s' * (size > 1)}, but the launcher has started {count}: give a layout "
             f"of {count}, such as 'tp={count}' or 'dp={count}', or start {size}"
         )
-    return launch.split(layout.dp, device)
+    return launch.split(layout.instances, device)
 
 
 def seating(layout: Layout, cards: Sequence[Card]) -> str:

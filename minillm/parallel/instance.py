@@ -9,13 +9,16 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import reduce
 from itertools import count
+from operator import add
 from pathlib import Path
 
 import torch
 
+from minillm.model.moe import Tally
 from minillm.parallel.layout import Layout
-from minillm.parallel.member import close_engine, load, open_engine, unload
+from minillm.parallel.member import choices, close_engine, load, open_engine, unload
 from minillm.parallel.messages import Loaded
 from minillm.parallel.sharing import SharedWeights, share_weights
 from minillm.policy.options import EngineOptions
@@ -87,9 +90,9 @@ class Instance:
 
 def check_ranks(ranks: Ranks, layout: Layout, device: torch.device) -> None:
     """Raise `ValueError` for ranks that cannot hold one replica of this layout, or compute elsewhere."""
-    size = layout.world_size // layout.dp
+    size = layout.world_size // layout.instances
     if ranks.world_size != size:
-        each = " for each replica" * (layout.dp > 1)
+        each = " for each replica" * (layout.instances > 1)
         raise ValueError(
             f"layout {str(layout)!r} takes {size} ranks{each}, but these are {ranks.world_size}: "
             f"make Ranks({size}), or leave ranks= out"
@@ -102,9 +105,9 @@ def check_ranks(ranks: Ranks, layout: Layout, device: torch.device) -> None:
 
 
 def start_pools(layout: Layout, device: str) -> list[Ranks]:
-    """Ranks for each replica of a layout, which share the GPUs of this host."""
-    size = layout.world_size // layout.dp
-    return [Ranks(size, device=device, beside=(n * size, layout.world_size)) for n in range(layout.dp)]
+    """Ranks for each replica of a layout, or for all that share experts; together they share the GPUs of this host."""
+    size = layout.world_size // layout.instances
+    return [Ranks(size, device=device, beside=(n * size, layout.world_size)) for n in range(layout.instances)]
 
 
 def start_replicas(
@@ -116,17 +119,17 @@ def start_replicas(
     """
     for pool in pools:
         check_ranks(pool, layout, device)
-    if len({id(pool) for pool in pools}) != layout.dp:
+    if len({id(pool) for pool in pools}) != layout.instances:
         raise ValueError(
-            f"layout {str(layout)!r} has {layout.dp} replicas, each on ranks of its own, but there are {len({id(pool) for pool in pools})}: "
-            f"give ranks=[Ranks({layout.world_size // layout.dp}), …], or leave it out"
+            f"layout {str(layout)!r} has {layout.instances} replicas, each on ranks of its own, but there are {len({id(pool) for pool in pools})}: "
+            f"give ranks=[Ranks({layout.world_size // layout.instances}), …], or leave it out"
         )
-    alone = replace(layout, dp=1)
+    alone = replace(layout, dp=1) if layout.instances > 1 else layout
     with ThreadPoolExecutor(len(pools)) as together:
         for _ in together.map(Ranks.start, pools):
             pass
         one_host = len({place.node for pool in pools for place in pool.places}) == 1
-        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.dp > 1 and one_host else None
+        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.instances > 1 and one_host else None
         first = Instance(pools[0], folder, alone, device, dtype, shared)
         if shared is not None:
             shared = replace(shared, filled=True) if all(part.shared_bytes for part in first.loaded) else None
@@ -134,3 +137,15 @@ def start_replicas(
     for instance in [first, *others]:
         instance.shared = shared and replace(shared, passing=())  # for ranks that start again
     return [first, *others]
+
+
+def tallied(instances: Sequence[Instance], clear: bool) -> Tally:
+    """What the tokens of all replicas have chosen, layer after layer over their stages."""
+    each = []
+    for instance in instances:
+        instance.ready()
+        parts = [
+            part for part in instance.ranks.run(choices, instance.name, clear) if part is not None and len(part.pairs)
+        ]
+        each.append(Tally(*(torch.cat(counts) for counts in zip(*(vars(part).values() for part in parts)))))
+    return reduce(add, each)

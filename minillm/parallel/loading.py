@@ -13,12 +13,15 @@ from minillm.model.checkpoint import fingerprint
 from minillm.model.config import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import pack
+from minillm.model.moe import Tally, count_choices
 from minillm.model.weights import load_weights
+from minillm.parallel.expert import ExpertGroup, apply_expert_parallel
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.pipeline import Elsewhere, cut_to_stage
 from minillm.parallel.shards import Shard
 from minillm.parallel.sharing import SharedWeights
 from minillm.parallel.tensor import TensorGroup, apply_tensor_parallel
+from minillm.parallel.wire import Wire
 from minillm.ranks.comm import Comm
 
 CARD_BYTES = 2048
@@ -26,23 +29,29 @@ CARD_BYTES = 2048
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank holds of a model; `tensor` are the ranks that share its layers, None where it has them alone. Of its bytes
-    `bytes_read` came from the checkpoint, and `shared_bytes` lie in memory that it shares with other replicas.
+    """What a rank holds of a model; `tensor` are the ranks that share its layers, None where it has them alone, and `experts` those
+    that share its experts; `tally` counts what tokens choose. Of its bytes `bytes_read` came from the checkpoint, and `shared_bytes` lie in memory that it shares
+    with other replicas.
     """
 
     model: Decoder
     tensor: TensorGroup | None
+    experts: ExpertGroup | None
+    tally: Tally
     bytes_read: int
     shared_bytes: int
 
 
-def load_part(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, shared: SharedWeights | None = None) -> Part:
-    """The rank's part of a checkpoint, ready to compute. All ranks of a line along "tp" call it together."""
+def load_part(
+    folder: Path, mesh: DeviceMesh, wire: Wire, dtype: torch.dtype, shared: SharedWeights | None = None
+) -> Part:
+    """The rank's part of a checkpoint, ready to compute. All ranks of a line along "tp", or "ep", call it together."""
     config = read_config(folder)
     shard = Shard(config, mesh.layout, mesh.rank)
     model = Decoder(config)
     cut_to_stage(model, shard)
-    tensor = apply_tensor_parallel(model, mesh) if mesh.size("tp") > 1 else None
+    tensor = apply_tensor_parallel(model, mesh, wire) if mesh.size("tp") > 1 else None
+    experts = apply_expert_parallel(model, mesh, shard, tensor, wire) if mesh.size("ep") > 1 else None
     passed = shared is not None and shared.filled and shared.passing
     bytes_read = 0 if passed else load_weights(model, folder, mesh.device, dtype, shard.cut, complete=False)
     if not shard.first_stage:
@@ -54,7 +63,8 @@ def load_part(folder: Path, mesh: DeviceMesh, dtype: torch.dtype, shared: Shared
         with suppress(OSError, RuntimeError):  # a sandbox may forbid it; then it keeps its own
             shared_bytes = (shared.join if shared.filled else shared.fill)(model, mesh.rank)
     pack(model)
-    return Part(model, tensor, bytes_read, shared_bytes)
+    tally = experts.tally if experts else count_choices(model)
+    return Part(model, tensor, experts, tally, bytes_read, shared_bytes)
 
 
 def check_alike(comm: Comm, folder: Path, dtype: torch.dtype) -> None:

@@ -1,11 +1,13 @@
 """One rank of an instance: its part of the model, and what the launching process asks of it.
 
 Functions here run on all ranks of an instance alike, by `Ranks.run`. Rank 0 leads: it has the engine, takes requests that
-are posted to it, and reports what they give. What a rank holds stays between calls, in its context.
+are posted to it, and reports what they give; where replicas share experts, so does the first rank of each. What a rank holds stays between calls, in its context.
 """
 
 from __future__ import annotations
 
+import copy
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +22,14 @@ from minillm.engine.runner import default_num_blocks, weight_bytes
 from minillm.kv.paged import PagedCache
 from minillm.model.config import read_config
 from minillm.model.decoder import Decoder
+from minillm.model.moe import Tally
 from minillm.model.tokenizer import Tokenizer
 from minillm.parallel.layout import Layout
 from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.messages import Loaded, Message, Recording, Seen, Told, Turn
-from minillm.parallel.pipeline import Pipe, PipelineRunner, Stage
+from minillm.parallel.pipeline import Pipe, Stage
+from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.options import EngineOptions
@@ -58,6 +62,7 @@ class Member:
     pipe: Pipe
     everyone: Comm  # all ranks of the instance
     intake: Intake
+    tally: Tally
     seats: dict[int, Seat] = field(default_factory=dict)
     mail: dict[int, list[Message]] = field(default_factory=dict)  # for engines that have not been called yet
 
@@ -72,11 +77,15 @@ def load(
     pipe = Pipe(
         mesh.comm("pp"), mesh.comm("pp", host=True), mesh.comm("tp", host=True)
     )  # while all are there: reading takes long
-    part = load_part(folder, mesh, dtype, shared)
-    pipe.tensor = part.tensor
+    if layout.ep > 1:
+        pipe.leaders = mesh.comm("dp", host=True)
+    part = load_part(folder, mesh, pipe.wire, dtype, shared)
+    pipe.tensor, pipe.experts = part.tensor, part.experts
     for layer in part.model.layers:  # a long prompt is no fault
         layer.register_forward_hook(lambda *_: here.tick())
-    here.held[instance] = Member(part.model, pipe, mesh.all(), Intake(read_config(folder), Tokenizer(folder)))
+    here.held[instance] = Member(
+        part.model, pipe, mesh.all(), Intake(read_config(folder), Tokenizer(folder)), part.tally
+    )
     return Loaded(part.bytes_read, weight_bytes(part.model), part.shared_bytes)
 
 
@@ -95,7 +104,7 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     model = member.model
     cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)
     seat = member.seats[engine] = Seat(Stage(model, cache, member.pipe), options)
-    if here.rank == 0:
+    if member.pipe.stage == 0 and member.pipe.leads:
         runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
         seat.engine, seat.runner = Engine(runner, options, Recorder(), order), runner
     return num_blocks
@@ -112,6 +121,8 @@ def serve(instance: str, engine: int, recording: Recording) -> None:
     seat = member.seats[engine]
     if member.pipe.tensor is not None:
         member.pipe.tensor.chunks = seat.options.sum_chunks
+    if member.pipe.experts is not None:
+        member.pipe.experts.options = seat.options
     _record(seat, here, recording)
     baton: AbstractContextManager[Any] = Baton(recording.baton) if recording.baton else nullcontext()
     seat.stage.hold(baton)
@@ -139,7 +150,11 @@ def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
         else:
             room = torch.empty(len(token_ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
             x = pipe.hidden.recv(room, pipe.stage - 1)
-        x = model.through(x, batch, cache)
+        if pipe.experts is not None:
+            replicas = pipe.experts.comm.size // pipe.experts.alike
+            x = pipe.experts.through(model, x, batch, cache, [len(token_ids)] * replicas)  # all score the same text
+        else:
+            x = model.through(x, batch, cache)
         if pipe.stage == pipe.last:
             logits = model.logits(x, batch, every_row=True)
             return pipe.tensor.whole(logits) if pipe.tensor else logits
@@ -147,18 +162,34 @@ def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
         return None
 
 
+def choices(instance: str, clear: bool) -> Tally | None:
+    """What the tokens of this rank's stage have chosen; None from ranks that have counted the same as another one."""
+    pipe, tally = _member(instance).pipe, _member(instance).tally
+    told = copy.deepcopy(tally)
+    if clear:
+        tally.clear()
+    return told if (pipe.experts.comm if pipe.experts else pipe.orders).rank == 0 else None
+
+
 def _lead(member: Member, number: int, here: RankContext) -> None:
-    """Rank 0: take requests, step, tell what came of it, until nothing is left to do."""
-    seat, patience_s = member.seats[number], POST_S
+    """The first rank of a replica: take requests, step, tell what came of it, until nothing is left to do."""
+    seat, until_s = member.seats[number], time.monotonic() + POST_S
     engine, runner = seat.engine, seat.runner
     assert engine is not None and runner is not None
     while True:
-        for to, message in here.posted(0.0 if number in member.mail else patience_s):
+        patience_s = max(0.0, until_s - time.monotonic())
+        here_already = number in member.mail or engine.requests or engine.under_way
+        for to, message in here.posted(0.0 if here_already else min(patience_s, runner.patience_s)):
             member.mail.setdefault(to, []).append(message)
         for message in member.mail.pop(number, ()):
             message(engine, member.intake)
-            patience_s = 0.0  # what it was called for is here
-        if not (engine.requests or engine.under_way):
+            until_s = patience_s = 0.0  # what it was called for is here
+        busy, expecting = runner.any(bool(engine.requests or engine.under_way), patience_s > 0)
+        if busy:
+            until_s = 0.0
+        elif expecting:
+            continue
+        else:
             break
         known = {each.request_id: each for each in with_twins(engine.requests.values())}
         pieces = engine.step()
@@ -183,8 +214,9 @@ def _record(seat: Seat, here: RankContext, recording: Recording) -> None:
         here.rank, recording.timing, activations=recording.activations, details=recording.details
     )  # fmt: skip
     recorder.on_span = lambda span: _report(here, recorder) if len(recorder.trace.spans) >= most else None
-    if seat.engine is not None:
+    if seat.engine is not None and seat.runner is not None:
         seat.engine.record(recorder, fresh=recording.fresh)
+        seat.runner.steps = 0 if recording.fresh else seat.runner.steps
     else:
         seat.stage.record(recorder)
     if not recording.fresh:

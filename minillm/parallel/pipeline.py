@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -22,8 +23,11 @@ from minillm.kv.paged import PagedCache
 from minillm.model.cost import Cost, block_costs, head_cost
 from minillm.model.decoder import Decoder
 from minillm.model.sampling import draw
+from minillm.parallel.expert import ExpertGroup
+from minillm.parallel.rebalance import rebalance
 from minillm.parallel.shards import Shard
 from minillm.parallel.tensor import TensorGroup
+from minillm.parallel.wire import Wire
 from minillm.ranks.comm import Comm
 from minillm.ranks.transfers import Transfer
 from minillm.trace.recorder import Recorder
@@ -57,13 +61,17 @@ def cut_to_stage(model: Decoder, shard: Shard) -> None:
 class Pipe:
     """What connects a rank with the others of its instance. Along the line of stages `hidden` carries hidden states from
     device to device, and `notes` what the hosts tell each other; ranks within it are stages. `tensor` are the ranks that
-    share this stage's layers, if there are others; `orders` is how their first one tells them what to do.
+    share this stage's layers, if there are others; `orders` is how their first one tells them what to do. `experts` are the
+    ranks that share this stage's experts, if they are shared out; then the `leaders` of all replicas step together.
     """
 
     hidden: Comm
     notes: Comm
     orders: Comm
     tensor: TensorGroup | None = None
+    experts: ExpertGroup | None = None
+    leaders: Comm | None = None
+    wire: Wire = field(default_factory=Wire)
 
     @property
     def stage(self) -> int:
@@ -99,16 +107,12 @@ class Stage:
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have what happens on this rank from now on."""
-        self.recorder = recorder
-        if self.pipe.tensor is not None:
-            self.pipe.tensor.recorder = recorder
+        self.recorder = self.pipe.wire.recorder = recorder
         recorder.memory(Category.WEIGHTS, weight_bytes(self.model))
 
     def hold(self, baton: AbstractContextManager[object]) -> None:
         """Compute only with this baton from now on."""
-        self.baton = baton
-        if self.pipe.tensor is not None:
-            self.pipe.tensor.baton = baton
+        self.baton = self.pipe.wire.baton = baton
 
     def run(self) -> None:
         """Serve batches until rank 0 says that there are no more."""
@@ -120,7 +124,8 @@ class Stage:
                 self.pass_note(work)
                 if work is None:
                     return self.settle()
-                coming.append((work, self.expect_hidden(work) if self.pipe.stage > 0 else None))
+                receives = self.pipe.stage > 0 and bool(work.batch.chunks)
+                coming.append((work, self.expect_hidden(work) if receives else None))
                 note = self.expect_note()
             work, transfer = coming.popleft()
             x = self.receive(transfer, "hidden states", work.step) if transfer is not None else None
@@ -132,13 +137,14 @@ class Stage:
         drawn, one after the other.
         """
         last, tensor = self.pipe.stage == self.pipe.last, self.pipe.tensor
+        self._rebalance(work.step)
         span = step_span(
             self.recorder,
             self.model.config,
             work,
             self.model.dtype,
             head=last,
-            costs=self._costs(work) if tensor else (),
+            costs=self._costs(work),
         )
         with self.baton, span, torch.inference_mode():
             self.cache.copy(work.batch.copies)
@@ -150,8 +156,23 @@ class Stage:
                 torch.cuda.current_stream().synchronize()  # so that the span is as long as the work
             return out
 
+    def _rebalance(self, step: int) -> None:
+        """Place the experts anew, when it is time; all ranks that share them do it before the same step."""
+        experts = self.pipe.experts
+        if experts is None or not experts.is_time():
+            return
+        about = {"step": step, "group": experts.comm.name, "sequence": experts.comm.collectives}
+        with self.recorder.span(Kind.COMMUNICATION, "rebalance", **about) as span:
+            span.sent = rebalance(self.model, experts, experts.options.redundant_experts)
+        self.recorder.memory(Category.WEIGHTS, weight_bytes(self.model))
+
     def _forward(self, work: Work, x: torch.Tensor | None) -> torch.Tensor:
-        x = self.model.through(self.model.embed(work.batch) if x is None else x, work.batch, self.cache)
+        if x is None:
+            x = self.model.embed(work.batch) if work.batch.chunks else self._nothing(0)
+        if self.pipe.experts is not None:
+            x = self.pipe.experts.through(self.model, x, work.batch, self.cache, work.tokens)
+        else:
+            x = self.model.through(x, work.batch, self.cache)
         if self.pipe.stage < self.pipe.last or not work.draws:
             return x
         return self.model.logits(x, work.batch)
@@ -159,27 +180,37 @@ class Stage:
     def pass_on(self, work: Work, x: torch.Tensor) -> None:
         """Send hidden states to the next stage, or tokens to rank 0; returns at once."""
         pipe = self.pipe
-        if pipe.stage < pipe.last:
+        if pipe.stage < pipe.last and work.batch.chunks:
             self._leave(pipe.hidden, pipe.hidden.isend(x, pipe.stage + 1), "hidden states", work.step)
-        elif pipe.stage > 0 and pipe.leads:
+        elif 0 < pipe.stage == pipe.last and pipe.leads:
             self._leave(pipe.notes, pipe.notes.isend(x, 0), "tokens", work.step)
 
-    def _costs(self, work: Work) -> list[Cost]:
-        """What each part of the step costs from one sum to the next: the embedding, each block, the LM head."""
-        config, size, tensor = self.model.config, self.model.dtype.itemsize, self.pipe.tensor
-        project, attention, mlp = block_costs(config, work.batch, size)
-        tokens = sum(len(chunk.token_ids) for chunk in work.batch.chunks)
-        cut = [
-            each for block in (project + attention, mlp) for each in block.split(tensor.parts(tokens) if tensor else 1)
-        ]
-        parts = [Cost()] * (self.pipe.stage == 0) + cut * config.layers
-        return [*parts, head_cost(config, work.batch, size)] if self.pipe.stage == self.pipe.last else parts
+    def _costs(self, work: Work) -> Sequence[Cost]:
+        """What each part of the step costs from one message to the next: the embedding, each block, the LM head. Where experts are
+        shared out nobody knows before the step; they are found as it goes.
+        """
+        config, size, tensor, last = self.model.config, self.model.dtype.itemsize, self.pipe.tensor, self.pipe.last
+        head = [head_cost(config, work.batch, size)] * (self.pipe.stage == last)
+        embedding = [Cost()] * (self.pipe.stage == 0 and tensor is not None and bool(work.batch.chunks))
+        if self.pipe.experts is not None:
+            return self.pipe.experts.price(embedding, head)
+        if tensor is None:
+            return ()
+        tokens, parts = sum(len(chunk.token_ids) for chunk in work.batch.chunks), embedding
+        for layer in range(config.layers):
+            project, attention, mlp = block_costs(config, work.batch, size, config.is_sparse(layer))
+            summed_whole = 1 if config.is_sparse(layer) else tensor.parts(tokens)
+            parts += [*(project + attention).split(tensor.parts(tokens)), *mlp.split(summed_whole)]
+        return [*parts, *head]
 
     def expect_hidden(self, work: Work) -> Transfer:
         """Start to receive what the stage before has computed of a batch."""
         tokens = sum(len(chunk.token_ids) for chunk in work.batch.chunks)
-        room = torch.empty(tokens, self.model.config.hidden_size, dtype=self.model.dtype, device=self.model.device)
-        return self.pipe.hidden.irecv(room, self.pipe.stage - 1)
+        return self.pipe.hidden.irecv(self._nothing(tokens), self.pipe.stage - 1)
+
+    def _nothing(self, tokens: int) -> torch.Tensor:
+        """Room for the hidden states of so many tokens."""
+        return torch.empty(tokens, self.model.config.hidden_size, dtype=self.model.dtype, device=self.model.device)
 
     def expect_tokens(self, work: Work) -> Transfer:
         """Start to receive what the last stage draws."""
@@ -244,52 +275,3 @@ class Stage:
             transfer.wait()
             times = {"end_s": transfer.ended_s} if self.recorder.timing else {"start_s": 0.0}
             self.recorder.add(replace(span, **times))  # type: ignore[arg-type]
-
-
-class PipelineRunner:
-    """The pipe as the engine sees it, from rank 0: `start` computes the first stage, `finish` waits for the tokens.
-
-    `depth` batches may be under way.
-    """
-
-    def __init__(self, stage: Stage, num_blocks: int, depth: int) -> None:
-        self.stage, self.num_blocks, self.depth = stage, num_blocks, depth
-        self._under_way: deque[tuple[Work, Transfer | torch.Tensor]] = deque()
-
-    @property
-    def recorder(self) -> Recorder:
-        """Has what happens on this rank."""
-        return self.stage.recorder
-
-    def start(self, work: Work) -> None:
-        """Hand the work down the pipe, and compute the first stage of it."""
-        stage = self.stage
-        stage.pass_note(work)
-        if stage.pipe.last == 0:
-            self._under_way.append((work, stage.compute(work, None)))
-            return
-        self._under_way.append((work, stage.expect_tokens(work)))
-        stage.pass_on(work, stage.compute(work, None))
-
-    def finish(self) -> list[list[int]]:
-        """The tokens of the oldest work under way."""
-        work, out = self._under_way.popleft()
-        if isinstance(out, Transfer):
-            out = self.stage.receive(out, "tokens", work.step)
-        step, *tokens = out.tolist()
-        assert step == work.step
-        each = iter(tokens)
-        return [[next(each) for _ in draws or (None,)] for draws in work.draws]
-
-    def end(self) -> None:
-        """Send everyone home: there are no more batches."""
-        self.stage.pass_note(None)
-        self.stage.settle()
-
-    def note_cache(self, used_blocks: int) -> None:
-        """The blocks in use, in bytes on this rank."""
-        self.recorder.memory(Category.KV_CACHE, used_blocks * self.stage.cache.block_bytes)
-
-    def record(self, recorder: Recorder) -> None:
-        """Let `recorder` have what happens on this rank from now on."""
-        self.stage.record(recorder)

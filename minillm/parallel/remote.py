@@ -23,6 +23,7 @@ from minillm.parallel.messages import Added, Message, Recording, Seen, Turn, add
 from minillm.policy.blocks import BlockPool
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
+from minillm.policy.router import RoundRobin, Router
 from minillm.policy.scheduler import Scheduler
 from minillm.ranks.call import Call
 from minillm.ranks.errors import RankError
@@ -39,7 +40,8 @@ class RemoteEngine:
     """An engine on an instance's ranks, with the methods of `engine.Engine` that its users need.
 
     A `RankError` fails every request that was under way or, without `fails`, leaves them in `lost`. Among replicas its ranks
-    are those from `first_rank` on.
+    are those from `first_rank` on. Where the instance has replicas of its own, which share experts, `router` says which of
+    them gets a request.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RemoteEngine:
         order: Order = first_come,
         first_rank: int = 0,
         fails: bool = True,
+        router: Router | None = None,
     ) -> None:
         self.instance, self.options, self.order = instance, options, order
         self.first_rank, self.fails = first_rank, fails
@@ -63,9 +66,20 @@ class RemoteEngine:
         self._trouble: Exception | None = None  # of somebody who listens to spans
         self._pieces: list[Piece] = []
         self.num_blocks = instance.open(self.number, options, order)
-        self.load = Load(0, 0, 0, self.num_blocks)
+        self.leaders = instance.layout.leaders
+        self.router = router or RoundRobin(len(self.leaders))
+        self._rest()
         self._rules = Scheduler(BlockPool(self.num_blocks, options.block_size), options)  # only asked what can run
         self.record(recorder)
+
+    def _rest(self) -> None:
+        """Nothing is on the ranks."""
+        self._loads = {leader: Load(0, 0, 0, self.num_blocks) for leader in self.leaders}
+
+    @property
+    def load(self) -> Load:
+        """How full it is, as the ranks last told."""
+        return Load(*map(sum, zip(*(vars(load).values() for load in self._loads.values()))))
 
     @property
     def at_rest(self) -> bool:
@@ -108,14 +122,21 @@ class RemoteEngine:
         """Let requests wait that have arrived, and whose lives are recorded; another engine may have begun them. What they were
         given stays theirs.
         """
+        shares: dict[int, list[Added]] = {}
         for request in requests:
+            tokens, longest = request.scheduled.tokens, request.scheduled.longest
+            leader = self.leaders[self.router.route(request.request_id, tokens, longest - len(tokens))]
             for each in [request] if request.token_ids else [request, *request.twins]:
                 self.requests[each.request_id] = each
-                each.life.rank = self.first_rank
+                each.life.rank = self.first_rank + leader
+                if each is not request:
+                    self.router.join(each.request_id, request.request_id)
+            shares.setdefault(leader, []).append(_added(request))
         with self._or_lost(RankError):
             if self._call is None:
                 self.instance.open(self.number, self.options, self.order)
-            self._post(add([_added(request) for request in requests]))
+            for leader, share in shares.items():
+                self._post(leader, add(share))
 
     def step(self, wait_s: float = WAIT_S) -> list[Piece]:
         """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""
@@ -146,8 +167,10 @@ class RemoteEngine:
     def drop(self, requests: Iterable[Request]) -> None:
         """Serve requests no more that are served here; the others do not matter."""
         mine = [request.request_id for request in requests if self.requests.pop(request.request_id, None)]
-        if mine and self.instance.ranks.pids:
-            self._post(cancel(mine))
+        for request_id in mine:
+            self.router.ended(request_id)
+        for leader in self.leaders if mine and self.instance.ranks.pids else ():
+            self._post(leader, cancel(mine))
         if self._call is not None and not self.requests:
             with suppress(RankError):  # nobody is left whom it concerns; the ranks start anew
                 self._poll(0.0)
@@ -198,16 +221,19 @@ class RemoteEngine:
 
     def abandon(self) -> None:
         """What is on the ranks is of no use any more: they make the engine anew, if they live, when it is needed next."""
-        self._call, self.load = None, Load(0, 0, 0, self.num_blocks)
+        self._call = None
+        self._rest()
         self.instance.opened.pop(self.number, None)
         lost, self.requests = list(self.requests.values()), {}
+        for request in lost:
+            self.router.ended(request.request_id)
         if self.fails:
             self._fail(lost)
         else:
             self.lost += lost
 
-    def _post(self, message: Message) -> None:
-        self.instance.ranks.post(0, (self.number, message))
+    def _post(self, leader: int, message: Message) -> None:
+        self.instance.ranks.post(leader, (self.number, message))
 
     def _hear(self, rank: int, event: Any) -> None:
         """What a rank has to tell: spans and memory, or tokens."""
@@ -220,7 +246,7 @@ class RemoteEngine:
                     self._trouble = error
             return
         turn: Turn = event
-        self.load = turn.load
+        self._loads[rank] = turn.load
         for told in turn.told:
             request = self.requests.get(told.piece.request_id)
             if request is None:  # cancelled meanwhile
@@ -230,9 +256,11 @@ class RemoteEngine:
             request.life.moments[told.since :] = told.moments
             request.life.reused_tokens = told.reused_tokens
             request.repeat(told.piece)
+            self.router.gave(request.request_id)
             self._pieces.append(told.piece)
             if request.finish_reason is not None:
                 del self.requests[request.request_id]
+                self.router.ended(request.request_id)
 
     def _placed(self, seen: Any) -> Any:
         """A span or sample with the number that its rank has among all replicas."""

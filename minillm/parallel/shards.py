@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from minillm.model.config import ModelConfig
+from minillm.model.config import ModelConfig, MoEConfig
 from minillm.parallel.layout import Layout, share
 from minillm.policy.experts import Placement, even
 
@@ -99,6 +99,18 @@ class Shard:
     def columns(self) -> range:
         """Of the MLP's intermediate numbers."""
         return self.share(self.config.intermediate_size)
+
+    @property
+    def moe(self) -> MoEConfig | None:
+        """The mixture of experts as it is in this stage: its own layers, and slices of the experts where they are cut."""
+        moe = self.config.of_layers(self.layers).moe
+        if moe is None or self.layout.ep > 1:
+            return moe
+        return replace(
+            moe,
+            intermediate_size=len(self.share(moe.intermediate_size)),
+            shared_size=len(self.share(moe.shared_size)) if moe.shared_size else 0,
+        )
 
     def share(self, total: int) -> range:
         """This rank's share of so many things that are cut by tp."""

@@ -8,8 +8,7 @@ Embedding and LM head are cut by words of the vocabulary. Whose slice is which: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,15 +17,15 @@ from torch import nn
 
 from minillm.model.decoder import Decoder, Layer
 from minillm.model.linear import Linear
+from minillm.model.mlp import MLP
+from minillm.model.moe import SparseMLP
 from minillm.model.sampling import Draw, sample
 from minillm.parallel.layout import share
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.shards import Shard
+from minillm.parallel.wire import Wire
 from minillm.ranks.comm import Comm
 from minillm.ranks.transfers import Transfer
-from minillm.trace.recorder import Recorder
-from minillm.trace.replay import WIRE
-from minillm.trace.trace import Kind, Span
 
 LEAST_ROWS = 16  # of a chunk
 
@@ -37,12 +36,10 @@ class TensorGroup:
     `vocabulary` is how many words the model has, of which each rank has its share.
     """
 
-    def __init__(self, comm: Comm, vocabulary: int) -> None:
-        self.comm = comm
+    def __init__(self, comm: Comm, vocabulary: int, wire: Wire | None = None) -> None:
+        self.comm, self.wire = comm, wire or Wire()
         self.words = [share(vocabulary, comm.size, rank) for rank in range(comm.size)]
         self.chunks = 1
-        self.recorder = Recorder()
-        self.baton: AbstractContextManager[object] = nullcontext()
 
     def sum(self, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's product(x), for x [rows, …].
@@ -62,16 +59,12 @@ class TensorGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's `x`, in place."""
-        if self._in_passing(x):
-            return self.comm.all_reduce(x)
-        with self._message("all_reduce", x):
+        with self.wire.message("all_reduce", x.nbytes, self.comm):
             return self.comm.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[n, …] -> [ranks, n, …]."""
-        if self._in_passing(x):
-            return self.comm.all_gather(x).view(self.comm.size, *x.shape)
-        with self._message("all_gather", x):
+        with self.wire.message("all_gather", x.nbytes, self.comm):
             return self.comm.all_gather(x).view(self.comm.size, *x.shape)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -109,42 +102,11 @@ class TensorGroup:
     def _start(self, x: torch.Tensor) -> tuple[Transfer, int]:
         """A sum begins; which one of the group's collectives it is."""
         transfer = self.comm.iall_reduce(x)
-        if self.recorder.open is not None:
-            self.recorder.open.send(x.nbytes)
+        self.wire.begun(x.nbytes)
         return transfer, self.comm.collectives - 1
 
     def _finish(self, transfer: Transfer, sequence: int) -> torch.Tensor:
-        """Wait for a sum; it is recorded on the lane of messages."""
-        span, name = self.recorder.open, self.comm.name
-        if span is None:
-            return transfer.wait()
-        with span.waiting("all_reduce", group=name, sequence=sequence):
-            self.baton.__exit__(None, None, None)
-            x = transfer.wait()
-            self.baton.__enter__()
-        if self.recorder.details:
-            times = (transfer.began_s, transfer.ended_s or 0.0) if self.recorder.timing else (0.0, 0.0)
-            about = {"step": span.step, "lane": WIRE, "group": name, "sequence": sequence}
-            self.recorder.add(
-                Span(self.recorder.rank, Kind.COMMUNICATION, "all_reduce", *times, message_bytes=x.nbytes, **about)  # type: ignore[arg-type]
-            )
-        return x
-
-    def _in_passing(self, x: torch.Tensor) -> bool:
-        """Count a message's bytes where nobody wants more of it; whether that is so."""
-        if self.recorder.open is not None and not self.recorder.details:
-            self.recorder.open.sent += x.nbytes
-        return self.recorder.open is None or not self.recorder.details
-
-    @contextmanager
-    def _message(self, name: str, x: torch.Tensor) -> Iterator[None]:
-        """What stands inside is spent on a message; meanwhile another rank may have the baton."""
-        span = self.recorder.open
-        assert span is not None
-        with span.message(name, group=self.comm.name, sequence=self.comm.collectives, message_bytes=x.nbytes):
-            self.baton.__exit__(None, None, None)
-            yield
-            self.baton.__enter__()
+        return self.wire.finish("all_reduce", transfer, self.comm, sequence, transfer.buffer.nbytes)
 
 
 class RowParallelLinear(Linear):
@@ -174,7 +136,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.all_reduce(x.masked_fill_(absent[:, None], 0))
 
 
-def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> TensorGroup:
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, wire: Wire | None = None) -> TensorGroup:
     """Make a model, built and not loaded, this rank's slice of it; its config then tells of the slice.
 
     What other stages hold is left as it is. Attention needs no other change: it works on the heads that are here, over a
@@ -182,17 +144,20 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> TensorGroup:
     """
     config = model.config
     shard = Shard(config, mesh.layout, mesh.rank)
-    group = TensorGroup(mesh.comm("tp"), config.vocab_size)
+    group = TensorGroup(mesh.comm("tp"), config.vocab_size, wire)
     heads, kv_heads, columns = len(shard.heads), len(shard.kv_heads), len(shard.columns)
     hidden, width = config.hidden_size, config.head_dim
     for layer in model.layers:
         if isinstance(layer, Layer):
-            attention, mlp = layer.self_attn, layer.mlp
+            attention = layer.self_attn
             attention.heads, attention.kv_heads = heads, kv_heads
             attention.qkv_proj = _column_parallel(hidden, (heads + 2 * kv_heads) * width, config.qkv_bias)
             attention.o_proj = RowParallelLinear(heads * width, hidden, config.out_bias, group)
-            mlp.gate_up_proj = _column_parallel(hidden, 2 * columns, False)
-            mlp.down_proj = RowParallelLinear(columns, hidden, False, group)
+            if isinstance(layer.mlp, SparseMLP):
+                _slice_experts(layer.mlp, shard, group)
+            else:
+                layer.mlp.gate_up_proj = _column_parallel(hidden, 2 * columns, False)
+                layer.mlp.down_proj = RowParallelLinear(columns, hidden, False, group)
     if isinstance(model.embed_tokens, nn.Embedding):
         model.embed_tokens = VocabParallelEmbedding(shard.vocabulary, hidden, group)  # type: ignore[assignment]
     if isinstance(model.lm_head, Linear):
@@ -200,9 +165,24 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> TensorGroup:
         if config.tied_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
     model.config = replace(
-        config, heads=heads, kv_heads=kv_heads, intermediate_size=columns, vocab_size=len(shard.vocabulary)
+        config, heads=heads, kv_heads=kv_heads, intermediate_size=columns, vocab_size=len(shard.vocabulary), moe=shard.moe
     )  # fmt: skip
     return group
+
+
+def _slice_experts(mlp: SparseMLP, shard: Shard, group: TensorGroup) -> None:
+    """Leave every expert its slice, whose results are added up once for all of them; unless experts are whole, on some ranks
+    each (`expert.py`).
+    """
+    moe, hidden = shard.config.moe, shard.config.hidden_size
+    if shard.layout.ep > 1 or moe is None:
+        return
+    for part in mlp.experts:
+        mlp.experts[part] = MLP(hidden, len(shard.share(moe.intermediate_size)))
+    if mlp.shared_expert is not None:
+        mlp.shared_expert = MLP(hidden, len(shard.share(moe.shared_size)))
+    mlp.to("meta")
+    mlp.combine = group.all_reduce
 
 
 def _column_parallel(inputs: int, outputs: int, bias: bool) -> Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 
@@ -43,6 +43,19 @@ class Batch:
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
     preempted: tuple[int, ...] = ()
+
+    def split(self, tokens: int) -> tuple[Batch, Batch]:
+        """The first so many tokens, and the rest; a chunk that is cut is two, of which the second follows the first."""
+        first, rest = [], []
+        for chunk in self.chunks:
+            size = len(chunk.token_ids)
+            if 0 < tokens < size:
+                first.append(replace(chunk, token_ids=chunk.token_ids[:tokens], samples=False))
+                rest.append(replace(chunk, start=chunk.start + tokens, token_ids=chunk.token_ids[tokens:]))
+            else:
+                (first if tokens > 0 else rest).append(chunk)
+            tokens -= size
+        return Batch(tuple(first)), Batch(tuple(rest))
 
     @property
     def token_ids(self) -> list[int]:

@@ -13,7 +13,9 @@ class EngineOptions:
     sequences of the longest context can use, within 1 GiB a rank on a CPU and most of the free memory on a GPU).
     A step takes at most `max_running` requests and `max_step_tokens` tokens. In a pipeline `in_flight` batches are under
     way at once (None: as many as there are stages; 1: naive model parallelism). Between tensor parallel ranks the sums of a
-    long prompt leave in `sum_chunks` parts, each while the next is computed (1: whole).
+    long prompt leave in `sum_chunks` parts, each while the next is computed (1: whole). Where experts are shared out,
+    `micro_batches` 2 computes one half of a step's tokens while the other half's are under way; every `rebalance_steps` steps
+    (None: never) they are placed anew by what was chosen, with `redundant_experts` copies in each layer of those chosen most.
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
     `chunked_prefill` cuts prompts to the step's token budget (off: a prompt runs whole, even one above the budget);
@@ -28,6 +30,9 @@ class EngineOptions:
     max_step_tokens: int = 512
     in_flight: int | None = None
     sum_chunks: int = 1
+    micro_batches: int = 1
+    rebalance_steps: int | None = None
+    redundant_experts: int = 0
     continuous: bool = True
     chunked_prefill: bool = True
     preemption: bool = True
@@ -35,14 +40,16 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, least = getattr(self, field.name), int(field.name != "redundant_experts")
             if isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name}={value!r}: give True or False")
-            elif value is None and field.name in ("num_blocks", "in_flight"):
+            elif value is None and field.name in ("num_blocks", "in_flight", "rebalance_steps"):
                 continue
-            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field.name}={value!r}: give a whole number from 1")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field.name}={value!r}: give a whole number from {least}")
+        if self.micro_batches > 2:
+            raise ValueError(f"micro_batches={self.micro_batches}: give 1 or 2")
         if self.chunked_prefill and self.max_step_tokens < self.max_running:
             raise ValueError(
                 f"max_step_tokens={self.max_step_tokens} is below max_running={self.max_running}: each running request "

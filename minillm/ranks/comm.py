@@ -42,7 +42,7 @@ class _Over:
 class Comm:
     """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
 
-    `isend`, `irecv` and `iall_reduce` return at once, all others wait. All members must call alike, but for the four that go from one rank
+    `isend`, `irecv`, `iall_reduce` and `iall_to_all` return at once, all others wait. All members must call alike, but for the four that go from one rank
     to another. Peers and roots are numbered within the group. `counts` maps the operation's name to its `Count`.
     """
 
@@ -130,6 +130,23 @@ class Comm:
         result = buffer.new_empty(sum(recv_rows), *tensor.shape[1:])
         self._run("all_to_all", None, tensor, lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows))
         return (result if self.size > 1 else buffer.clone()).to(tensor.device)
+
+    def iall_to_all(self, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> Transfer:
+        """Start an `all_to_all`, and return at once; leave the tensor unchanged until the transfer is over, whose `wait` returns
+        the rows that came.
+        """
+        operation = Operation("iall_to_all", "", f"comm {self.name}", "", self.members, caller())
+        self._count("all_to_all", tensor)
+        self.collectives += 1
+        buffer = self._stage(tensor.contiguous())
+        result = buffer.new_empty(sum(recv_rows), *tensor.shape[1:])
+        _, index = self.board.enter(operation, State.ISSUED)
+        if self.group is None:
+            result, work = buffer.clone(), _Over()
+        else:
+            work = self.group.alltoall_base(result, buffer, recv_rows, send_rows)
+        transfer = Transfer(operation, index, self.board, buffer, work, lambda: result.to(tensor.device))
+        return self._follow(transfer, "all_to_all", self.rank)
 
     def barrier(self) -> None:
         """Wait until every rank of the group is here."""

@@ -10,12 +10,15 @@ from collections.abc import Callable
 
 from minillm.hardware.devices import Link
 
+UNEVEN = ("dispatch", "combine", "rebalance")  # tokens to their experts and back; experts to new ranks
+
 
 def collective_time_s(name: str, size: int, message_bytes: float, link: Link) -> float:
     """What a collective over `size` ranks takes by the ring (or, for `broadcast` and `barrier`, tree) algorithm.
 
     A ring's all-reduce is 2 (n - 1) rounds of 1/n of the message, all-gather and reduce-scatter n - 1 rounds (Patarasuk and
-    Yuan, 2009); `message_bytes` is what one rank puts in.
+    Yuan, 2009); `message_bytes` is what one rank puts in. An all-to-all of uneven parts (`UNEVEN`) takes n - 1 messages; there
+    it is what leaves the rank that sends most.
     """
     if size == 1:
         return 0.0
@@ -28,6 +31,7 @@ def collective_time_s(name: str, size: int, message_bytes: float, link: Link) ->
         "broadcast": (rounds, message_bytes),
         "barrier": (rounds, 0),
     }
+    each |= dict.fromkeys(UNEVEN, (size - 1, message_bytes / (size - 1)))
     if name not in each:
         raise ValueError(f"there is no formula for {name!r}; there are ones for {', '.join(each)}")
     times, part = each[name]

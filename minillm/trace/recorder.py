@@ -55,9 +55,7 @@ class Recorder:
         return OpenSpan(self, kind, name, figures)
 
     def step(self, kind: Kind, name: str, costs: Sequence[Priced], **figures: Any) -> OpenSpan:
-        """The span of a step, with what each of its parts between two messages costs."""
-        figures["flops"] = sum(cost.flops for cost in costs)
-        figures["memory_bytes"] = sum(cost.memory_bytes for cost in costs)
+        """The span of a step, with what each of its parts between two messages costs, which may be found while it runs."""
         return OpenSpan(self, kind, name, figures, costs)
 
     def add(self, span: Span) -> None:
@@ -79,13 +77,13 @@ class OpenSpan:
     a piece, the message, the next piece, each with its own of `costs`.
     """
 
-    __slots__ = ("_costs", "_cpu", "_figures", "_kind", "_name", "_recorder", "_start", "sent")
+    __slots__ = ("_all_costs", "_costs", "_cpu", "_figures", "_kind", "_name", "_recorder", "_start", "sent")
 
     def __init__(
         self, recorder: Recorder, kind: Kind, name: str, figures: dict[str, Any], costs: Sequence[Priced] = ()
     ) -> None:
         self._recorder, self._kind, self._name, self._figures = recorder, kind, name, figures
-        self._costs, self.sent = iter(costs), 0
+        self._all_costs, self._costs, self.sent = costs, iter(costs), 0
 
     def __enter__(self) -> OpenSpan:
         self._begin()
@@ -94,9 +92,13 @@ class OpenSpan:
 
     def __exit__(self, *error: object) -> None:
         self._recorder.open = None
-        if self._recorder.details:
+        if self._recorder.details and self._kind is not Kind.COMMUNICATION:
             self._piece(self._figures.get("tokens", 0))
-        elif self.sent:
+            return
+        if self._all_costs:
+            self._figures["flops"] = sum(cost.flops for cost in self._all_costs)
+            self._figures["memory_bytes"] = sum(cost.memory_bytes for cost in self._all_costs)
+        if self.sent:
             self._end(self._kind, self._name, message_bytes=self.sent, **self._figures)
         else:
             self._end(self._kind, self._name, **self._figures)

@@ -286,7 +286,7 @@ show(draw_runs(unequal, "Equal pieces fill bubbles that unequal prompts leave",
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
 
-show_source("parallel.pipeline.PipelineRunner.start")
+show_source("parallel.runner.PipelineRunner.start")
 
 # %% tags=["nbval-ignore-output"]
 show_source("engine.engine.Engine.step")

@@ -13,7 +13,7 @@ import torch
 from helpers import EXAMPLES, gone
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law
+from law import OPTIONS, WORK, Made, check_law, check_weights
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 
@@ -22,7 +22,6 @@ from minillm.hardware.devices import find_device, find_link
 from minillm.model.config import read_config
 from minillm.parallel import member
 from minillm.parallel.layout import Layout
-from minillm.parallel.shards import Shard
 from minillm.policy.batch import Batch, Chunk
 from minillm.ranks.membership import context
 from minillm.trace.replay import is_compute, replay
@@ -43,26 +42,6 @@ LAYOUTS = ["tp=2", "tp=3", "tp=4", "tp=5", "tp=6", "pp=2,tp=2", "pp=2,tp=3"]
 LONG = SamplingParams(max_tokens=60, ignore_eos=True)
 
 
-class Made:
-    """One device, and layouts on ranks that all models of the same number of ranks share; each made when asked for."""
-
-    def __init__(self, folders: dict[str, Path]) -> None:
-        self.folders, self.ranks = folders, {}
-        self.ones, self.several = {}, {}
-
-    def one(self, family: str) -> LLM:
-        if family not in self.ones:
-            self.ones[family] = LLM(self.folders[family], device="cpu")
-        return self.ones[family]
-
-    def on(self, family: str, layout: str) -> LLM:
-        if (family, layout) not in self.several:
-            size = Layout.parse(layout).world_size
-            ranks = self.ranks.setdefault(size, Ranks(size, device="cpu", timeout_s=5))
-            self.several[family, layout] = LLM(self.folders[family], layout=layout, device="cpu", ranks=ranks)
-        return self.several[family, layout]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     folders = {
@@ -71,8 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     }
     made = Made(folders)
     yield made
-    for ranks in made.ranks.values():
-        ranks.close()
+    made.close()
 
 
 @settings(deadline=None, max_examples=max(25, EXAMPLES // 2), phases=SHOW)
@@ -97,11 +75,8 @@ def test_logits_are_those_of_one_device(made: Made, family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "llama, tied"])
 def test_weights_are_what_the_layout_predicts(made: Made, family: str, layout: str) -> None:
     """To the byte: read from the checkpoint, and held."""
-    llm, config = made.on(family, layout), read_config(made.folders[family])
-    predicted = [Shard(config, llm.layout, rank).weight_bytes(4) for rank in range(llm.layout.world_size)]
-    assert [loaded.weight_bytes for loaded in llm.instance.loaded] == predicted
-    assert [loaded.bytes_read for loaded in llm.instance.loaded] == predicted
-    assert max(predicted) < 0.8 * 4 * config.parameters
+    predicted = check_weights(made.on(family, layout), made.folders[family])
+    assert max(predicted) < 0.8 * 4 * read_config(made.folders[family]).parameters
 
 
 def counts(name: str) -> dict[str, tuple[int, int]]:
@@ -252,8 +227,9 @@ def test_one_forward_by_hand(made: Made) -> None:
         from minillm.kv.paged import PagedCache
         from minillm.parallel.loading import load_part
         from minillm.parallel.mesh import DeviceMesh
+        from minillm.parallel.wire import Wire
 
-        part = load_part(folder, DeviceMesh(Layout(tp=2), context()), torch.float32)
+        part = load_part(folder, DeviceMesh(Layout(tp=2), context()), Wire(), torch.float32)
         cache = PagedCache(part.model.config, 1, 4, torch.device("cpu"), torch.float32)
         return part.tensor.whole(part.model(Batch((Chunk(0, 0, tuple(token_ids), (0,)),)), cache, every_row=True))
 
