@@ -76,7 +76,12 @@ def multiply_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def pack(model: nn.Module) -> None:
-    """Pack every `Linear` of a model, except one whose weight another module uses too (a tied LM head)."""
+    """Pack every `Linear` of a model, except one whose weight another module uses too (a tied LM head). A module that keeps the
+    weights of its parts otherwise does so first (`Experts.arrange`).
+    """
+    for module in model.modules():
+        if callable(arrange := getattr(module, "arrange", None)):
+            arrange()
     for module in packable(model):
         module.pack()
 

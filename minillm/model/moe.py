@@ -1,8 +1,8 @@
 """A mixture of experts in place of a layer's MLP: a router chooses a few experts for each token, and adds up what they say.
 
 Nothing is dropped: an expert takes all tokens that chose it, as one product (Gale et al., 2022, "dropless"), however many
-they are. That all experts are here is no business of `grouped`: it computes those that it is given, for the rows that chose
-them. The file knows nothing of ranks.
+they are. `Experts` need not be all that there are: those that are here are computed for the rows that chose them. The file knows
+nothing of ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from minillm.model.config import ModelConfig, MoEConfig
 from minillm.model.linear import Linear
 from minillm.model.mlp import MLP
 
+SMALL = 2**17  # numbers of an expert's first product
 NOBODY = -1  # in place of an expert, where a pair is none, or not for here
 
 
@@ -59,6 +60,75 @@ class Router(nn.Module):
         return Routing(experts, weights.to(x.dtype))
 
 
+class Experts(nn.ModuleDict):
+    """MLPs by their numbers, of `count` that there are; the others are elsewhere.
+
+    Two ways to compute them. Large ones follow one another, each a product that oneDNN has packed for it (`Linear`). Small ones,
+    for which starting a product takes longer than the product, are views of one `stack`, and go as one grouped product; so do
+    all on a GPU in bfloat16. `bench/experts.py` has the figures.
+    """
+
+    stacks = True
+
+    def __init__(self, count: int, experts: Mapping[str, nn.Module]) -> None:
+        super().__init__(experts)
+        self.count = count
+        self.stack: tuple[torch.Tensor, ...] = ()
+        self._slots: torch.Tensor | None = None  # of every expert among those here, after nobody's
+
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Each row's Σ weight · expert(row), over those of its experts that are here: [rows, hidden] -> the same.
+
+        Pairs of (row, expert) are sorted by expert, so that each expert takes its rows as one product; what it says goes back to
+        the pair's place, where a row's pairs are side by side.
+        """
+        rows, top_k = routing.experts.shape
+        pairs = self.slots(x.device)[routing.experts.flatten() + 1]
+        order = pairs.argsort(stable=True)
+        counts = torch.bincount(pairs, minlength=len(self) + 1)[: len(self)]
+        here = order[: int(counts.sum())]
+        said = x.new_zeros(rows * top_k, x.shape[-1])
+        said[here] = self._compute(x[here // top_k], counts)
+        return (said.view(rows, top_k, x.shape[-1]) * routing.weights[:, :, None]).sum(1)
+
+    def _compute(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows that are sorted by expert, `counts` for each."""
+        if self.stack:
+            ends, (gate_up, down) = counts.cumsum(0).int(), self.stack
+            gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate).mul_(up), down.transpose(1, 2), offs=ends)
+        parts = zip(self.values(), x.split(counts.tolist()))
+        said = [expert(part) for expert, part in parts if len(part)]
+        return torch.cat(said) if said else x
+
+    def slots(self, device: torch.device) -> torch.Tensor:
+        """The place of each expert among those here, one past the last for those that are not; nobody's comes first."""
+        if self._slots is None or self._slots.device != device:
+            places = {name: place for place, name in enumerate(self)}
+            self._slots = torch.tensor(
+                [places.get(str(each), len(self)) for each in range(-1, self.count)], device=device
+            )
+        return self._slots
+
+    def arrange(self) -> None:
+        """Choose the way, once the weights are here, or others are here now."""
+        self._slots, self.stack = None, ()
+        products = [[getattr(expert, name) for expert in self.values()] for name in ("gate_up_proj", "down_proj")]
+        if not self.stacks or not len(self) or not _go_in_a_stack(products[0][0].weight):
+            return
+        self.stack = tuple(torch.stack([linear.weight.data for linear in linears]) for linears in products)
+        for linears, whole in zip(products, self.stack):
+            for linear, mine in zip(linears, whole):
+                linear.packed, linear.weight = False, nn.Parameter(mine, requires_grad=False)
+
+
+def _go_in_a_stack(weight: torch.Tensor) -> bool:
+    """Whether experts with such a first product are faster together."""
+    if weight.is_mkldnn:
+        return False
+    return weight.dtype is torch.bfloat16 if weight.device.type == "cuda" else weight.numel() <= SMALL
+
+
 class SparseMLP(nn.Module):
     """The router, the experts by their numbers, and where the model has one a shared expert for every token.
 
@@ -70,7 +140,8 @@ class SparseMLP(nn.Module):
         moe, hidden = config.moe, config.hidden_size
         assert moe is not None
         self.gate = Router(hidden, moe, layer)
-        self.experts = nn.ModuleDict({str(each): MLP(hidden, moe.intermediate_size) for each in range(moe.experts)})
+        experts = {str(each): MLP(hidden, moe.intermediate_size) for each in range(moe.experts)}
+        self.experts = Experts(moe.experts, experts)
         self.shared_expert = MLP(hidden, moe.shared_size) if moe.shared_size else None
         self.shared_expert_gate = Linear(hidden, 1, bias=False) if moe.shared_size else None
         self.combine: Callable[[torch.Tensor], torch.Tensor] = lambda out: out
@@ -80,8 +151,7 @@ class SparseMLP(nn.Module):
         routing = self.gate(x)
         if self.chosen is not None:
             self.chosen(routing.experts)
-        out = grouped(self.experts, x, routing)  # type: ignore[arg-type]
-        return self.combine(self.add_shared(x, out))
+        return self.combine(self.add_shared(x, self.experts(x, routing)))
 
     def add_shared(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`out`, and what the shared expert says of x, as far as its own gate lets it."""
@@ -138,22 +208,3 @@ def count_choices(model: nn.Module) -> Tally:
     for place, mlp in enumerate(sparse):
         mlp.chosen = partial(tally.add, place)
     return tally
-
-
-def grouped(experts: Mapping[str, MLP], x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Each row's Σ weight · expert(row), over those of its experts that are among `experts`. [rows, hidden] -> the
-    same.
-
-    Pairs of (row, expert) are sorted by expert, so that each expert takes its rows as one product; what it says goes back
-    to the pair's place, where a row's pairs are side by side.
-    """
-    rows, top_k = routing.experts.shape
-    pairs = routing.experts.flatten() + 1
-    order = pairs.argsort(stable=True)
-    counts = torch.bincount(pairs).tolist()
-    taken = x[order // top_k].split(counts)  # nobody's, then each expert's rows
-    said = x.new_zeros(rows * top_k, x.shape[-1])
-    for number, (mine, places) in enumerate(zip(taken, order.split(counts)), -1):
-        if len(mine) and str(number) in experts:
-            said[places] = experts[str(number)](mine)
-    return (said.view(rows, top_k, x.shape[-1]) * routing.weights[:, :, None]).sum(1)

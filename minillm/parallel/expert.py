@@ -21,7 +21,7 @@ from minillm.kv.paged import PagedCache
 from minillm.model.attention import Step
 from minillm.model.cost import Cost, block_costs, chosen_cost, product_cost
 from minillm.model.decoder import Decoder, Layer
-from minillm.model.moe import NOBODY, Routing, SparseMLP, Tally, grouped
+from minillm.model.moe import NOBODY, Experts, Routing, SparseMLP, Tally
 from minillm.parallel.exchange import destinations, plan_exchange
 from minillm.parallel.layout import share
 from minillm.parallel.mesh import DeviceMesh
@@ -176,7 +176,7 @@ class ExpertParallelMLP(SparseMLP):
             plain.shared_expert,
             plain.shared_expert_gate,
         )
-        self.experts = nn.ModuleDict({str(expert): plain.experts[str(expert)] for expert in held})
+        self.experts = Experts(plain.experts.count, {str(expert): plain.experts[str(expert)] for expert in held})
         self.place, self.group = place, group  # which one it is of the stage's layers with experts
 
     def exchange(self, x: torch.Tensor, rows: list[int]) -> Turns:
@@ -189,7 +189,7 @@ class ExpertParallelMLP(SparseMLP):
         group.tally.add(self.place, everyone.experts, goes_to)
         plan = plan_exchange(everyone, goes_to, group.comm.rank)
         came = yield from group.all_to_all("dispatch", mine[plan.rows], plan.send_rows, plan.recv_rows)
-        said = grouped(self.experts, came, plan.routing)  # type: ignore[arg-type]
+        said = self.experts(came, plan.routing)
         group.spend(self._cost(plan.routing.experts, came))
         back = yield from group.all_to_all("combine", said, plan.recv_rows, plan.send_rows)
         total = torch.zeros_like(mine).index_add_(0, plan.rows, back)

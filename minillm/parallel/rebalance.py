@@ -47,6 +47,7 @@ def move(mlp: ExpertParallelMLP, group: ExpertGroup, new: Placement) -> int:
         mlp.experts[str(expert)] = _expert(values, some.shape[1])
     for gone in set(map(int, mlp.experts)) - set(new.held(comm.rank)):
         del mlp.experts[str(gone)]
+    pack(mlp.experts)
     group.placements[mlp.place] = new
     return sent.nbytes
 
@@ -77,5 +78,4 @@ def _expert(values: torch.Tensor, hidden: int) -> MLP:
     gate_up, down = values.split((2 * wide * hidden, wide * hidden))
     expert.gate_up_proj.weight = nn.Parameter(gate_up.view(2 * wide, hidden).clone(), requires_grad=False)
     expert.down_proj.weight = nn.Parameter(down.view(hidden, wide).clone(), requires_grad=False)
-    pack(expert)
     return expert
