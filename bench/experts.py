@@ -159,9 +159,9 @@ def grouped(_: LLM) -> dict[str, Any]:
 
 
 def prefill(_: LLM) -> dict[str, Any]:
-    """Sixteen prompts of 256 tokens through upcycled SmolLM2, 4 experts, one rank beside two: attention data or tensor parallel."""
+    """Eight prompts of 192 tokens through upcycled SmolLM2, 4 experts, one rank beside two: attention data or tensor parallel."""
     draw = torch.Generator().manual_seed(0)
-    work = torch.randint(5, 40_000, (16, 256), generator=draw).tolist()
+    work = torch.randint(5, 40_000, (8, 192), generator=draw).tolist()
     options = EngineOptions(max_step_tokens=512)
     folder, found = upcycled_folder(4), {}
     with (
@@ -172,12 +172,12 @@ def prefill(_: LLM) -> dict[str, Any]:
         halves = two.with_options(EngineOptions(max_step_tokens=512, micro_batches=2))
         llms = {"one": one, "dp=2,ep=2": two, "tp=2,ep=2": sliced, "dp=2,ep=2, half batches": halves}
         given = {name: [output.token_ids for output in llm.generate(work, ONE)] for name, llm in llms.items()}
-        seconds = side_by_side({name: lambda llm=llm: llm.generate(work, ONE) for name, llm in llms.items()}, 5)
+        seconds = side_by_side({name: lambda llm=llm: llm.generate(work, ONE) for name, llm in llms.items()}, 4)
         for name, raw in seconds.items():
             gain, same = ratio(seconds["one"], raw), sum(a == b for a, b in zip(given[name], given["one"]))
             found[name] = {"gain": gain, "same tokens": same, "of": len(work), "raw_s": raw}
             print(
-                f"prefill, {name}: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}), {same} of 16 the same",
+                f"prefill, {name}: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}), {same} of 8 the same",
                 flush=True,
             )
         halves.close()
@@ -197,10 +197,9 @@ def balance(_: LLM) -> dict[str, Any]:
                 before = llm.expert_choices(clear=True)
                 llm.generate(LINES, params[80:])
                 start = llm.expert_choices(clear=True)
-            options = EngineOptions(rebalance_steps=10**9, redundant_experts=redundant)
-            with LLM("tiny-moe", f"dp={ranks},ep={ranks}", "cpu", options=options) as llm:
+            with LLM("tiny-moe", f"dp={ranks},ep={ranks}", "cpu") as llm:
                 llm.generate(LINES, params[:80])
-                llm.instance.ranks.run(_rebalance, llm.instance.name, redundant)
+                llm.place_experts(redundant=redundant)
                 expected = [output.token_ids for output in llm.generate(LINES, params[80:])]
                 after = llm.expert_choices(clear=True)
             planned = [
@@ -223,14 +222,6 @@ def balance(_: LLM) -> dict[str, Any]:
                 flush=True,
             )
     return found
-
-
-def _rebalance(name: str, redundant: int) -> None:
-    from minillm.parallel.rebalance import rebalance
-    from minillm.ranks.membership import context
-
-    member = context().held[name]
-    rebalance(member.model, member.pipe.experts, redundant)
 
 
 def _shape(tally: Tally) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Mode:
 
 
 def modes(config: ModelConfig, ranks: int) -> list[Mode]:
-    """One device, layers over devices, and every layout of `ranks` ranks that the model can be cut by, pure ones first.
+    """One device, layers over devices, and every layout of `ranks` ranks that the model can be cut by, pure ones first; those of one
+    stage also with the experts shared out, where the model has some.
 
     Raises `ValueError` for less than two ranks.
     """
@@ -98,6 +99,9 @@ def modes(config: ModelConfig, ranks: int) -> list[Mode]:
         if _axes(layout) == ["pp"]:
             found.append(Mode("layers over devices", layout, in_flight=1))
         found.append(Mode(_name(layout), layout))
+    for layout in [mode.layout for mode in found if mode.layout.world_size > 1 and mode.layout.pp == 1]:
+        if config.moe is not None and ranks <= config.moe.experts:
+            found.append(Mode(f"experts, {_name(layout)}", replace(layout, ep=ranks)))
     return found
 
 
@@ -116,7 +120,7 @@ def compare(
         todo = modes(one.config, ranks)
         config, dtype, device = one.config, str(one.dtype).removeprefix("torch."), one.device
         yield _run(todo[0], one, prompts, expected, None)
-    for dp, groups in groupby(_by_layout(todo[1:]), key=lambda group: group[0].layout.dp):
+    for count, groups in groupby(_by_layout(todo[1:]), key=lambda group: group[0].layout.instances):
         with ExitStack() as held:  # layouts with as many replicas run on the same ranks, one after the other
             pools: list[Ranks] = []
             for group in groups:
@@ -127,7 +131,7 @@ def compare(
                     yield from (Row(mode.name, str(layout), layout.world_size, reason) for mode in group)
                     continue
                 if not pools:
-                    pools = launch.split(dp, device.type) if launch else start_pools(layout, device.type)
+                    pools = launch.split(count, device.type) if launch else start_pools(layout, device.type)
                     for pool in pools:
                         held.enter_context(pool)
                 yield from _on_ranks(
@@ -198,7 +202,7 @@ def _by_layout(each: Sequence[Mode]) -> list[list[Mode]]:
 def _bytes_needed(config: ModelConfig, layout: Layout, dtype: str) -> float:
     """Of all ranks together; while they load, a replica's weights are there twice."""
     each = sum(Shard(config, layout, rank).weight_bytes(DTYPE_BYTES[dtype]) for rank in range(layout.world_size))
-    return each * (1 + 1 / layout.dp) + layout.world_size * ROOM_BYTES
+    return each * (1 + 1 / layout.instances) + layout.world_size * ROOM_BYTES
 
 
 def as_text(rows: Sequence[Row]) -> str:

@@ -27,11 +27,12 @@ from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
 from minillm.parallel.data import Replicas
 from minillm.parallel.hybrid import fill
-from minillm.parallel.instance import Instance, start_pools, start_replicas, tallied
+from minillm.parallel.instance import Instance, check_placements, start_pools, start_replicas, tallied
 from minillm.parallel.layout import Layout
-from minillm.parallel.member import score
+from minillm.parallel.member import place_experts, score
 from minillm.parallel.remote import RemoteEngine
 from minillm.policy.batch import Batch, Chunk
+from minillm.policy.experts import Placement
 from minillm.policy.options import EngineOptions
 from minillm.policy.router import Router, make_router
 from minillm.ranks.launch import Launch
@@ -198,17 +199,34 @@ class LLM:
         """What tokens have chosen in each layer that has experts, since the last time that it was asked for with `clear`, or since
         the experts were placed anew. Raises `ValueError` for a dense model, and while requests run.
         """
-        self._check_open()
+        self._check_idle()
         if self.config.moe is None:
             raise ValueError(f"this {self.config.family} model is dense: it has no experts")
-        if "engine" in self.__dict__ and self.engine.has_work:
-            raise ValueError("requests are running: let them end first")
         if self.layout.world_size > 1:
             return tallied(self.instances, clear)
         told = copy.deepcopy(self.tally)
         if clear:
             self.tally.clear()
         return told
+
+    def place_experts(
+        self, placements: Sequence[Placement] = (), redundant: int = 0
+    ) -> tuple[tuple[Placement, ...], list[int]]:
+        """Move experts between ranks, as `placements` say for each layer that has some or, without them, by what tokens have chosen,
+        with so many `redundant` copies of the most chosen. Returns the placements, and the bytes that left each rank.
+
+        Raises `ValueError` for placements that do not fit model and layout, and while requests run.
+        """
+        self._check_idle()
+        if not isinstance(redundant, int) or redundant < 0:
+            raise ValueError(f"redundant={redundant!r}: give a whole number from 0")
+        check_placements(placements, self.config, self.layout)
+        self.instance.ready()
+        told = self.instance.ranks.run(place_experts, self.instance.name, placements, redundant)
+        stages = [
+            told[self.layout.leaders[0] + stage * self.layout.cp * self.layout.tp] for stage in range(self.layout.pp)
+        ]
+        return tuple(each for placed, _ in stages for each in placed), [sent for _, sent in told]
 
     def with_options(self, options: EngineOptions | None = None, router: str | type[Router] | None = None) -> LLM:
         """The same weights under an engine of its own, with other limits and switches, or another router."""
@@ -331,6 +349,11 @@ class LLM:
         if self.layout.world_size > 1 and self.device.type == "cpu":
             about |= {"ranks": f"{self.layout.world_size} ranks", "cores": usable_cores()}
         return Recorder(timing=self.timing, **about, **options)
+
+    def _check_idle(self) -> None:
+        self._check_open()
+        if "engine" in self.__dict__ and self.engine.has_work:
+            raise ValueError("requests are running: let them end first")
 
     def _check_open(self) -> None:
         if ("model" if self.layout.world_size == 1 else "instances") not in self.__dict__:

@@ -38,18 +38,24 @@ Turns = Generator[None, None, torch.Tensor]  # work that pauses where its messag
 
 class ExpertGroup:
     """The ranks that share the experts of a stage's layers. `tensor` are those among them with the same tokens, if there are
-    others; `placements` say who holds which experts of each layer that has some.
+    others; `placements` say who holds which experts of each layer that has some, of which the stage's `first` is so many-th.
 
     With `options.micro_batches` 2 a step's tokens are taken in two halves, and one half's messages are under way while the other is
     computed. That gains where something else than the computing core carries the messages, and reads every weight twice.
     """
 
     def __init__(
-        self, comm: Comm, tensor: TensorGroup | None, placements: Sequence[Placement], experts: int, wire: Wire
+        self,
+        comm: Comm,
+        tensor: TensorGroup | None,
+        placements: Sequence[Placement],
+        first: int,
+        experts: int,
+        wire: Wire,
     ) -> None:
         self.comm, self.tensor, self.wire = comm, tensor, wire
         self.alike = tensor.comm.size if tensor else 1  # ranks with the same tokens
-        self.placements = list(placements)
+        self.placements, self.first = list(placements), first
         self.tally = Tally.zero(len(placements), experts, comm.size)
         self.options = EngineOptions()
         self.steps = 0
@@ -61,6 +67,10 @@ class ExpertGroup:
         """
         self.costs, self._spent, self._last = list(first), Cost(), last
         return self.costs
+
+    def of_stage(self, placements: Sequence[Placement]) -> Sequence[Placement]:
+        """Of placements of all layers that have experts, those of this stage."""
+        return placements[self.first : self.first + len(self.placements)]
 
     def is_time(self) -> bool:
         """Whether the experts are to be placed anew before the next step, of which this one is told. All ranks count alike."""
@@ -222,7 +232,8 @@ def apply_expert_parallel(
     assert moe is not None
     numbers = [number for number in shard.layers if shard.config.is_sparse(number)]
     placements = [shard.placement(number) for number in numbers]
-    group = ExpertGroup(mesh.comm("ep"), tensor, placements, moe.experts, wire)
+    first = sum(number < shard.layers.start for number in moe.layers)
+    group = ExpertGroup(mesh.comm("ep"), tensor, placements, first, moe.experts, wire)
     for place, number in enumerate(numbers):
         layer = model.layers[number]
         assert isinstance(layer, Layer) and isinstance(layer.mlp, SparseMLP)

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from minillm.model.config import ModelConfig
 from minillm.model.moe import Tally
 from minillm.parallel.layout import Layout
 from minillm.parallel.member import choices, close_engine, load, open_engine, unload
 from minillm.parallel.messages import Loaded
 from minillm.parallel.sharing import SharedWeights, share_weights
+from minillm.policy.experts import Placement
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order
 from minillm.ranks.pool import Ranks
@@ -149,3 +151,19 @@ def tallied(instances: Sequence[Instance], clear: bool) -> Tally:
         ]
         each.append(Tally(*(torch.cat(counts) for counts in zip(*(vars(part).values() for part in parts)))))
     return reduce(add, each)
+
+
+def check_placements(placements: Sequence[Placement], config: ModelConfig, layout: Layout) -> None:
+    """Raise `ValueError` for placements that are not of this model's layers, experts and ranks; none at all are fine."""
+    moe = config.moe
+    if moe is None or layout.ep == 1:
+        raise ValueError(
+            f"layout {str(layout)!r} shares out no experts: give one such as 'dp=2,ep=2', and a model that has some"
+        )
+    if placements and len(placements) != len(moe.layers):
+        raise ValueError(
+            f"there are {len(placements)} placements, but {len(moe.layers)} layers have experts: give one for each"
+        )
+    for layer, each in zip(moe.layers, placements):
+        if not isinstance(each, Placement) or (len(each.ranks), each.experts) != (layout.ep, moe.experts):
+            raise ValueError(f"layer {layer}: {each!r} is no placement of {moe.experts} experts on {layout.ep} ranks")

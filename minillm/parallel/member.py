@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,11 @@ from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.messages import Loaded, Message, Recording, Seen, Told, Turn
 from minillm.parallel.pipeline import Pipe, Stage
+from minillm.parallel.rebalance import rebalance
 from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
 from minillm.policy.batch import Batch, Chunk
+from minillm.policy.experts import Placement
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order
 from minillm.ranks.baton import Baton
@@ -169,6 +172,17 @@ def choices(instance: str, clear: bool) -> Tally | None:
     if clear:
         tally.clear()
     return told if (pipe.experts.comm if pipe.experts else pipe.orders).rank == 0 else None
+
+
+def place_experts(instance: str, placements: Sequence[Placement], redundant: int) -> tuple[tuple[Placement, ...], int]:
+    """Place the experts of this rank's layers: as `placements` of all layers say or, without them, by what was chosen. Returns
+    those of the stage, and the bytes that left this rank.
+    """
+    member = _member(instance)
+    group = member.pipe.experts
+    assert group is not None
+    sent = rebalance(member.model, group, redundant, group.of_stage(placements))
+    return tuple(group.placements), sent
 
 
 def _lead(member: Member, number: int, here: RankContext) -> None:

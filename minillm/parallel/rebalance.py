@@ -6,6 +6,8 @@ has it, in one all-to-all a layer. No token changes: a copy is the same expert. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -15,15 +17,18 @@ from minillm.parallel.expert import ExpertGroup, ExpertParallelMLP
 from minillm.policy.experts import Placement, place
 
 
-def rebalance(model: nn.Module, group: ExpertGroup, redundant: int) -> int:
-    """Place the experts of every layer by what was chosen since the last time, with so many `redundant` copies in each, or a few
-    more, so that all ranks have as many. All ranks of the group call it together. Returns the bytes that left this rank.
+def rebalance(model: nn.Module, group: ExpertGroup, redundant: int, given: Sequence[Placement] = ()) -> int:
+    """Place the experts of every layer as `given` or, without, by what was chosen since the last time, with so many `redundant`
+    copies in each, or a few more, so that all ranks have as many. All ranks of the group call it together. Returns the bytes
+    that left this rank.
     """
     ranks, sent = group.comm.size, 0
     for mlp in [module for module in model.modules() if isinstance(module, ExpertParallelMLP)]:
         old, loads = group.placements[mlp.place], group.tally.pairs[mlp.place].tolist()
         slots = -(-(old.experts + redundant) // ranks) * ranks
-        if any(loads):
+        if given:
+            sent += move(mlp, group, given[mlp.place])
+        elif any(loads):
             sent += move(mlp, group, place(loads, ranks, slots))
     group.tally.clear()
     return sent

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import make_checkpoint
 
 from minillm.cli import main
-from minillm.compare import Mode, Row
+from minillm.compare import Mode, Row, modes
+from minillm.model.config import read_config
 from minillm.parallel.layout import Layout
 
 
@@ -194,6 +196,13 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert call("compare", "--model", folder, "--device", "cpu", "--ranks", "2") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 5 + 4 and lines[2].split()[:3] == ["one", "device", "same"]
+
+
+def test_compare_shares_out_experts_where_there_are_some(tmp_path: Path) -> None:
+    moe = read_config(make_checkpoint(tmp_path, model_type="mixtral", num_local_experts=4))
+    layouts = [str(mode.layout) for mode in modes(moe, 4) if mode.layout.ep > 1]
+    assert layouts == ["tp=4,ep=4", "dp=4,ep=4", "dp=2,tp=2,ep=4"]
+    assert not [mode for mode in modes(replace(moe, moe=None), 4) if mode.layout.ep > 1]
 
 
 def test_compare_says_when_tokens_differ(

@@ -23,6 +23,7 @@ from minillm.model.config import read_config
 from minillm.model.tiny_moe import tiny_moe_folder
 from minillm.model.upcycle import upcycled_folder
 from minillm.parallel.shards import Shard
+from minillm.policy.experts import Placement, even
 from minillm.trace.replay import is_compute, replay
 from minillm.trace.trace import Category, Kind
 
@@ -195,6 +196,41 @@ def placed(name: str) -> tuple:
     from minillm import context
 
     return tuple(context().held[name].pipe.experts.placements)
+
+
+def test_experts_are_placed_by_hand(made: Made) -> None:
+    """Everything on one rank, some twice, and back; what moves is what the placement says, and tokens stay."""
+    one = made.one("mixtral")
+    expert = 3 * 32 * 48 * 4  # bytes
+    for layout in ("dp=2,ep=2", "dp=2,pp=2,ep=2"):
+        with LLM(made.folders["mixtral"], layout=layout, device="cpu") as llm:
+            lopsided = Placement((tuple(range(8)), (7,)), 8)
+            placed, sent = llm.place_experts([lopsided] * 3)
+            assert placed == (lopsided,) * 3 and sum(sent) == 3 * 4 * expert
+            assert tokens(llm) == tokens(one)
+            work = llm.expert_choices().work
+            assert (work[:, 0] > 5 * work[:, 1]).all()
+            placed, sent = llm.place_experts(redundant=2)
+            assert all(sum(map(len, each.ranks)) == 10 for each in placed) and tokens(llm) == tokens(one)
+            assert llm.place_experts([even(8, 2)] * 3)[0] == (even(8, 2),) * 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "placements", "redundant", "text"),
+    [
+        ("dp=2,ep=2", [even(8, 2)], 0, "there are 1 placements, but 3 layers have experts: give one for each"),
+        ("dp=2,ep=2", [even(8, 4)] * 3, 0, "is no placement of 8 experts on 2 ranks"),
+        ("dp=2,ep=2", [even(9, 2)] * 3, 0, "is no placement of 8 experts on 2 ranks"),
+        ("dp=2,ep=2", [], -1, "redundant=-1: give a whole number from 0"),
+        ("tp=2", [], 0, "layout 'tp=2' shares out no experts"),
+    ],
+)
+def test_placements_that_cannot_be(
+    made: Made, layout: str, placements: list[Placement], redundant: int, text: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        made.on("mixtral", layout).place_experts(placements, redundant)
+    assert text in str(error.value)
 
 
 def test_half_a_batch_is_under_way_while_the_other_is_computed(made: Made) -> None:
