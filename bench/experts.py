@@ -159,28 +159,43 @@ def grouped(_: LLM) -> dict[str, Any]:
 
 
 def prefill(_: LLM) -> dict[str, Any]:
-    """Eight prompts of 192 tokens through upcycled SmolLM2, 4 experts, one rank beside two: attention data or tensor parallel."""
-    draw = torch.Generator().manual_seed(0)
-    work = torch.randint(5, 40_000, (8, 192), generator=draw).tolist()
-    options = EngineOptions(max_step_tokens=512)
-    folder, found = upcycled_folder(4), {}
-    with (
-        LLM(folder, device="cpu", options=options) as one,
-        LLM(folder, "dp=2,ep=2", "cpu", options=options) as two,
-        LLM(folder, "tp=2,ep=2", "cpu", options=options) as sliced,
-    ):
-        halves = two.with_options(EngineOptions(max_step_tokens=512, micro_batches=2))
-        llms = {"one": one, "dp=2,ep=2": two, "tp=2,ep=2": sliced, "dp=2,ep=2, half batches": halves}
-        given = {name: [output.token_ids for output in llm.generate(work, ONE)] for name, llm in llms.items()}
-        seconds = side_by_side({name: lambda llm=llm: llm.generate(work, ONE) for name, llm in llms.items()}, 4)
-        for name, raw in seconds.items():
-            gain, same = ratio(seconds["one"], raw), sum(a == b for a, b in zip(given[name], given["one"]))
-            found[name] = {"gain": gain, "same tokens": same, "of": len(work), "raw_s": raw}
-            print(
-                f"prefill, {name}: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}), {same} of 8 the same",
-                flush=True,
-            )
-        halves.close()
+    """Eight prompts of 192 tokens through upcycled SmolLM2, 4 experts, one rank beside two, attention data parallel or tensor
+    parallel: with even shares of experts, and placed by what was chosen, with copies.
+    """
+    work = torch.randint(5, 40_000, (8, 192), generator=torch.Generator().manual_seed(0)).tolist()
+    options, folder, found = EngineOptions(max_step_tokens=512), upcycled_folder(4), {}
+    with LLM(folder, device="cpu", options=options) as one:
+        expected = [output.token_ids for output in one.generate(work, ONE)]
+        for layout in ("dp=2,ep=2", "tp=2,ep=2"):
+            with LLM(folder, layout, "cpu", options=options) as two:
+                halves = two.with_options(EngineOptions(max_step_tokens=512, micro_batches=2))
+                for redundant in (None, 2):
+                    if redundant is not None:
+                        two.place_experts(redundant=redundant)
+                    ways = {"": two} | ({", half batches": halves} if layout == "dp=2,ep=2" else {})
+                    for name, llm in ways.items():
+                        two.expert_choices(clear=True)
+                        same = sum(out.token_ids == ids for out, ids in zip(llm.generate(work, ONE), expected))
+                        imbalance = two.expert_choices().imbalance
+                        jobs = {"one": lambda: one.generate(work, ONE), "two": lambda llm=llm: llm.generate(work, ONE)}
+                        seconds = side_by_side(jobs, 3)
+                        gain = ratio(seconds["one"], seconds["two"])
+                        what = (
+                            f"{layout}{name}, {'even shares' if redundant is None else f'{redundant} copies, by load'}"
+                        )
+                        found[what] = {
+                            "gain": gain,
+                            "imbalance": imbalance,
+                            "same tokens": same,
+                            "of": len(work),
+                            "raw_s": seconds,
+                        }
+                        print(
+                            f"prefill, {what}: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}), fullest rank "
+                            f"{imbalance:.2f} of the mean, {same} of {len(work)} the same",
+                            flush=True,
+                        )
+                halves.close()
     return found
 
 

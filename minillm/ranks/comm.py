@@ -121,11 +121,7 @@ class Comm:
 
         Raises `ValueError` when the splits do not cover the tensor.
         """
-        if len(send_rows) != self.size or len(recv_rows) != self.size or sum(send_rows) != tensor.shape[0]:
-            raise ValueError(
-                f"all_to_all of {tensor.shape[0]} rows over {self.size} ranks: "
-                f"send_rows={send_rows} must sum to {tensor.shape[0]}, and recv_rows={recv_rows} needs {self.size} numbers"
-            )
+        check_splits(self.size, tensor, send_rows, recv_rows)
         buffer = self._stage(tensor.contiguous())
         result = buffer.new_empty(sum(recv_rows), *tensor.shape[1:])
         self._run("all_to_all", None, tensor, lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows))
@@ -135,6 +131,7 @@ class Comm:
         """Start an `all_to_all`, and return at once; leave the tensor unchanged until the transfer is over, whose `wait` returns
         the rows that came.
         """
+        check_splits(self.size, tensor, send_rows, recv_rows)
         operation = Operation("iall_to_all", "", f"comm {self.name}", "", self.members, caller())
         self._count("all_to_all", tensor)
         self.collectives += 1
@@ -264,6 +261,15 @@ class Comm:
 
     def _unstage(self, buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(buffer) if buffer is not tensor else tensor
+
+
+def check_splits(size: int, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> None:
+    """Raise `ValueError` for splits of an all-to-all that do not cover the tensor, or are not one for each rank."""
+    if len(send_rows) != size or len(recv_rows) != size or sum(send_rows) != tensor.shape[0]:
+        raise ValueError(
+            f"all_to_all of {tensor.shape[0]} rows over {size} ranks: "
+            f"send_rows={send_rows} must sum to {tensor.shape[0]}, and recv_rows={recv_rows} needs {size} numbers"
+        )
 
 
 def make_group(store: dist.Store, rank: int, size: int, backend: Backend, local: bool, limit: timedelta) -> Any:

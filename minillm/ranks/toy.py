@@ -1,6 +1,6 @@
 """Ranks in one process, for learning: threads that take turns, so that a run is always the same and a debugger works.
 
-`ToyComm` has `send`, `recv`, `all_reduce`, `broadcast`, `all_gather` and `barrier` of `minillm.ranks.comm.Comm`. A toy
+`ToyComm` has `send`, `recv`, `all_reduce`, `broadcast`, `all_gather`, `all_to_all` and `barrier` of `minillm.ranks.comm.Comm`. A toy
 `send` returns only when its message was received, as between GPUs; when nobody can go on, the run ends at once and says
 who waits for what. It knows nothing of exercises.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from minillm.ranks.comm import check_splits
 from minillm.ranks.places import line_of_error, line_of_frame
 from minillm.ranks.toy_world import Letter, Message, Stuck, ToyRun, World
 from minillm.ranks.watch import shape_of
@@ -51,6 +52,22 @@ class ToyComm:
         parts = self._gather(tensor, "all_gather")
         whole = torch.cat(parts) if parts is not None else tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
         return self._tell(whole, "all_gather")
+
+    def all_to_all(self, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> torch.Tensor:
+        """Send `send_rows[i]` rows of `tensor` to rank i, receive `recv_rows[i]` from it; rows arrive in rank order."""
+        check_splits(self.size, tensor, send_rows, recv_rows)
+        going = tensor.split(send_rows)
+        coming = [tensor.new_empty(rows, *tensor.shape[1:]) for rows in recv_rows]
+        coming[self.rank].copy_(going[self.rank])
+        for other in range(self.size):
+            what = f"waits in all_to_all for rank {other}"
+            if self.rank < other:  # of two ranks the lower one sends first
+                self._post(going[other], other, "all_to_all", what)
+            if self.rank != other:
+                self._take(coming[other], other, "all_to_all", what)
+            if self.rank > other:
+                self._post(going[other], other, "all_to_all", what)
+        return torch.cat(coming)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

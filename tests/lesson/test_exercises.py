@@ -458,6 +458,23 @@ def test_a_toy_run_always_ends(script: list[tuple[int, str, int]]) -> None:
     assert (again.messages, again.waits) == (toy.messages, toy.waits)
 
 
+def test_a_toy_all_to_all_of_uneven_parts() -> None:
+    """Rank r sends r + i rows to rank i; what a rank expects and is not sent is told."""
+
+    def job(comm, _):
+        send = [comm.rank + other for other in range(comm.size)]
+        rows = torch.cat([torch.full((count, 2), 10.0 * comm.rank + other) for other, count in enumerate(send)])
+        return comm.all_to_all(rows, send, send)[:, 0].tolist()
+
+    toy = run_toy(job, [None] * 3)
+    assert toy.results[1] == [1.0, 11.0, 11.0, 21.0, 21.0, 21.0] and not toy.errors
+    assert sum(message.bytes for message in toy.messages) == 8 * 2 * (1 + 2 + 3)
+    wrong = run_toy(lambda comm, _: comm.all_to_all(torch.zeros(2, 3), [1, 1], [1, 2 - comm.rank]), [None] * 2)
+    assert "rank 1 sent [1, 3] float32, but rank 0 receives into [2, 3] float32" in wrong.errors[0]
+    short = run_toy(lambda comm, _: comm.all_to_all(torch.zeros(2, 3), [1, 2], [1, 1]), [None] * 2)
+    assert "send_rows=[1, 2] must sum to 2" in short.errors[0]
+
+
 def test_first_difference() -> None:
     assert first_difference([1, 2.0], [1.0, 2]) is None
     assert first_difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 3.0])]) == (0, (1,), 2.0, 3.0)
