@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -85,19 +86,22 @@ class Experts(nn.ModuleDict):
         rows, top_k = routing.experts.shape
         pairs = self.slots(x.device)[routing.experts.flatten() + 1]
         order = pairs.argsort(stable=True)
-        counts = torch.bincount(pairs, minlength=len(self) + 1)[: len(self)]
-        here = order[: int(counts.sum())]
+        counts = torch.bincount(pairs, minlength=len(self) + 1)[: len(self)].tolist()
+        here = order[: sum(counts)]
         said = x.new_zeros(rows * top_k, x.shape[-1])
         said[here] = self._compute(x[here // top_k], counts)
         return (said.view(rows, top_k, x.shape[-1]) * routing.weights[:, :, None]).sum(1)
 
-    def _compute(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _compute(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Rows that are sorted by expert, `counts` for each."""
         if self.stack:
-            ends, (gate_up, down) = counts.cumsum(0).int(), self.stack
+            ends, (gate_up, down) = (
+                torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=x.device),
+                self.stack,
+            )
             gate, up = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
             return F.grouped_mm(F.silu(gate).mul_(up), down.transpose(1, 2), offs=ends)
-        parts = zip(self.values(), x.split(counts.tolist()))
+        parts = zip(self.values(), x.split(counts))
         said = [expert(part) for expert, part in parts if len(part)]
         return torch.cat(said) if said else x
 
@@ -125,7 +129,11 @@ class Experts(nn.ModuleDict):
 def _go_in_a_stack(weight: torch.Tensor) -> bool:
     """Whether experts with such a first product [2 · wide, hidden] are faster together, and can be: in rows of whole 16 bytes."""
     wide, hidden = weight.shape[0] // 2, weight.shape[1]
-    if weight.is_mkldnn or any(size * weight.element_size() % 16 for size in (wide, hidden)):
+    if (
+        not hasattr(F, "grouped_mm")
+        or weight.is_mkldnn
+        or any(size * weight.element_size() % 16 for size in (wide, hidden))
+    ):
         return False
     return weight.dtype is torch.bfloat16 if weight.device.type == "cuda" else weight.numel() <= SMALL
 

@@ -123,20 +123,32 @@ class RemoteEngine:
         given stays theirs.
         """
         shares: dict[int, list[Added]] = {}
-        for request in requests:
-            tokens, longest = request.scheduled.tokens, request.scheduled.longest
-            leader = self.leaders[self.router.route(request.request_id, tokens, longest - len(tokens))]
+        for request, leader in zip(requests, self._leaders_for(requests)):
             for each in [request] if request.token_ids else [request, *request.twins]:
                 self.requests[each.request_id] = each
                 each.life.rank = self.first_rank + leader
-                if each is not request:
-                    self.router.join(each.request_id, request.request_id)
             shares.setdefault(leader, []).append(_added(request))
         with self._or_lost(RankError):
             if self._call is None:
                 self.instance.open(self.number, self.options, self.order)
             for leader, share in shares.items():
                 self._post(leader, add(share))
+
+    def _leaders_for(self, requests: Sequence[Request]) -> list[int]:
+        """Who gets each request, as the router says; when it raises, it has heard of none of them."""
+        found: list[int] = []
+        try:
+            for request in requests:
+                tokens, longest = request.scheduled.tokens, request.scheduled.longest
+                found.append(self.leaders[self.router.route(request.request_id, tokens, longest - len(tokens))])
+                for twin in [] if request.token_ids else request.twins:
+                    self.router.join(twin.request_id, request.request_id)
+        except BaseException:
+            for request in requests[: len(found) + 1]:
+                for each in [request, *request.twins]:
+                    self.router.ended(each.request_id)
+            raise
+        return found
 
     def step(self, wait_s: float = WAIT_S) -> list[Piece]:
         """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""

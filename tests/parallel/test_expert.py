@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from minillm.model.tiny_moe import tiny_moe_folder
 from minillm.model.upcycle import upcycled_folder
 from minillm.parallel.shards import Shard
 from minillm.policy.experts import Placement, even
+from minillm.policy.router import Router
 from minillm.trace.replay import is_compute, replay
 from minillm.trace.trace import Category, Kind
 
@@ -149,6 +150,19 @@ def test_requests_are_shared_out_by_the_router(made: Made) -> None:
         assert {life.rank for life in twin.trace.lives} == {0, 1, 2}
         assert twin.engine.router.tokens == [0, 0, 0] and not twin.engine.router.under_way
         twin.close()
+
+
+def test_a_router_with_a_mistake_leaves_nothing_behind(made: Made) -> None:
+    class Lost(Router):
+        def prefer(self, present: Sequence[int], prompt: Sequence[int]) -> int:
+            return 0 if len(prompt) < 10 else 7
+
+    twin = made.on("mixtral", "dp=3,ep=3").with_options(router=Lost)
+    with pytest.raises(ValueError, match="the router chose replica 7; there are 0, 1, 2"):
+        twin.generate(PROMPTS, SOME)
+    assert not twin.engine.has_work and not twin.engine.router.under_way and twin.engine.router.tokens == [0, 0, 0]
+    assert twin.generate(PROMPTS[:1], SOME)[0].token_ids == tokens(made.one("mixtral"))[0]
+    twin.close()
 
 
 def test_choices_are_counted_alike_in_every_layout(made: Made) -> None:
