@@ -61,10 +61,10 @@ DEVICES: dict[str, Device] = {
             "A100 80GB", {**_half(312), "float32": 19.5 * TFLOPS}, 2039 * GB, 80 * GB, "NVIDIA A100 SXM datasheet, 2021"
         ),
         Device(
-            "H100", {**_half(989), "float32": 67 * TFLOPS}, 3.35 * TB, 80 * GB, "NVIDIA H100 SXM datasheet, 2023"
+            "H100", {**_half(989), "float8": 1979 * TFLOPS, "float32": 67 * TFLOPS}, 3.35 * TB, 80 * GB, "NVIDIA H100 SXM datasheet, 2023"
         ),
         Device(
-            "H200", {**_half(989), "float32": 67 * TFLOPS}, 4.8 * TB, 141 * GB, "NVIDIA H200 SXM datasheet, 2024"
+            "H200", {**_half(989), "float8": 1979 * TFLOPS, "float32": 67 * TFLOPS}, 4.8 * TB, 141 * GB, "NVIDIA H200 SXM datasheet, 2024"
         ),
     )
 }  # fmt: skip

@@ -188,7 +188,8 @@ def _call_problem(exercise: Exercise, outcome: Outcome) -> str:
     others = [message for message in outcome.toy.messages if message.operation not in exercise.allowed]
     if not others:
         return ""
-    return f"the results are right, but this is to be done with send and recv alone; {others[0].operation} was called"
+    calls = " and ".join("send and recv" if call == "send" else call for call in exercise.allowed)
+    return f"the results are right, but this is to be done with {calls} alone; {others[0].operation} was called"
 
 
 def _work_problem(exercise: Exercise, case: Case, outcome: Outcome) -> str:

@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from minillm.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a mixture: so many in each of `layers` layers, `top_k` for a token, each an MLP of that size. What every token
+    passes through besides, shared experts too, is left out.
+    """
+
+    hidden_size: int
+    experts: int
+    top_k: int
+    intermediate_size: int
+    layers: int
+
+    @property
+    def expert_numbers(self) -> int:
+        """Of one expert: gate, up and down."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+
+MIXTURES: dict[str, Mixture] = {
+    "DeepSeek-V3": Mixture(7168, 256, 8, 2048, 58),  # its report, section 4.2: 61 layers, the first three dense
+    "Qwen3-235B": Mixture(4096, 128, 8, 1536, 94),  # Qwen3 Technical Report, table 2, and its config.json
+    "Mixtral-8x7B": Mixture(4096, 8, 2, 14336, 32),  # Mixtral of Experts, table 1
+}
 
 
 def _llama(

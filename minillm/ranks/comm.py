@@ -265,11 +265,11 @@ class Comm:
 
 def check_splits(size: int, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> None:
     """Raise `ValueError` for splits of an all-to-all that do not cover the tensor, or are not one for each rank."""
-    if len(send_rows) != size or len(recv_rows) != size or sum(send_rows) != tensor.shape[0]:
-        raise ValueError(
-            f"all_to_all of {tensor.shape[0]} rows over {size} ranks: "
-            f"send_rows={send_rows} must sum to {tensor.shape[0]}, and recv_rows={recv_rows} needs {size} numbers"
-        )
+    if sum(send_rows) != tensor.shape[0]:
+        raise ValueError(f"all_to_all: send_rows={send_rows} must sum to {tensor.shape[0]}, the rows there are")
+    for name, rows in (("send_rows", send_rows), ("recv_rows", recv_rows)):
+        if len(rows) != size:
+            raise ValueError(f"all_to_all: {name}={rows} needs {size} numbers, one for each rank")
 
 
 def make_group(store: dist.Store, rank: int, size: int, backend: Backend, local: bool, limit: timedelta) -> Any:

@@ -16,8 +16,9 @@ from minillm.viz.widget import InteractivePicture, script
 class WhatIf(InteractivePicture):
     """`WhatIf(draw, "question", ranks=[2, 3, 4], absent=["nobody", "rank 1"])` calls `draw(ranks=2, absent="nobody")` first.
 
-    The first value of a control is where it stands at first. Numbers become a slider, other values a list; spaces in a control's label are underscores in its name. `draw` returns
-    a `Figure`; a `ValueError` from it is what stands there instead.
+    The first value of a control is where it stands at first. Numbers become a slider, other values a list, and a text alone,
+    `words="But soft"`, a line to write in; spaces in a control's label are underscores in its name. `draw` returns a `Figure`;
+    a `ValueError` from it is what stands there instead.
     """
 
     _esm = script("strip", "whatif")
@@ -30,14 +31,14 @@ class WhatIf(InteractivePicture):
     strip: Any = traitlets.Dict().tag(sync=True)  # of a `CutStrip`
     drawn = traitlets.Int(0).tag(sync=True)  # counts pictures, so that the browser knows when one is done
 
-    def __init__(self, draw: Callable[..., Figure], question: str, **controls: Sequence[Any]) -> None:
+    def __init__(self, draw: Callable[..., Figure], question: str, **controls: Sequence[Any] | str) -> None:
         super().__init__()
         if not controls or not all(controls.values()):
             raise ValueError("give at least one control, each with a list of values")
         self._draw = draw
         self.question = question
         self._names = {name.replace("_", " "): name for name in controls}
-        self.first = {label: controls[name][0] for label, name in self._names.items()} | self._more()
+        self.first = {label: _first(controls[name]) for label, name in self._names.items()} | self._more()
         self.controls = {label: _in_order(controls[name]) for label, name in self._names.items()}
         self._redraw({"new": {"values": self.first}})
         self.observe(self._redraw, names=["asked"])
@@ -82,7 +83,13 @@ class CutStrip(WhatIf):
         return {"sizes": self._sizes}
 
 
-def _in_order(choices: Sequence[Any]) -> list[Any]:
+def _first(choices: Sequence[Any] | str) -> Any:
+    return choices if isinstance(choices, str) else choices[0]
+
+
+def _in_order(choices: Sequence[Any] | str) -> list[Any] | str:
     """Numbers rise along a slider; other values stay as given."""
+    if isinstance(choices, str):
+        return choices
     numbers = all(isinstance(choice, (int, float)) for choice in choices)
     return sorted(choices) if numbers else list(choices)

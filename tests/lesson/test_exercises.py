@@ -52,6 +52,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     PLACE,
     TOKEN,
     FEWEST,
+    ROUTE,
+    PACK,
+    DISPATCH,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -85,6 +88,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "09.place",
         "09.token",
         "09.fewest",
+        "10.route",
+        "10.pack",
+        "10.dispatch",
     )  # fmt: skip
 )
 
@@ -109,6 +115,20 @@ def ring(comm, numbers):
     for other in range(1, comm.size):
         comm.send(total, to=other)
     return total
+"""
+PER_PAIR = """
+def mixture(comm, given):
+    rows, choices = given
+    x = torch.tensor(rows)
+    def pairs(source, to):
+        return [(token, e) for token, experts in enumerate(choices[source]) for e in experts if e // 2 == to]
+    going = [pairs(comm.rank, other) for other in range(comm.size)]
+    coming = [pairs(other, comm.rank) for other in range(comm.size)]
+    send, recv = [len(each) for each in going], [len(each) for each in coming]
+    tokens = torch.tensor([token for each in going for token, _ in each])
+    factors = torch.tensor([e + 1.0 for each in coming for _, e in each])
+    back = comm.all_to_all(comm.all_to_all(x[tokens], send, recv) * factors[:, None], recv, send)
+    return torch.zeros_like(x).index_add_(0, tokens, back)
 """
 WRONG = {
     # a missing message, off by one, three times the target's bytes
@@ -223,6 +243,25 @@ WRONG = {
     "09.fewest, no replica": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, (0, pp, tp)"), ["layout: dp=0"]),
     "09.fewest, a layout as text": ("09.fewest", FEWEST.replace("best = first_s, (dp, pp, tp)", "best = first_s, 'tp=2'"), ["return (dp, pp, tp), or None"]),
     "03.write, nothing returned": ("03.write", WRITE.replace("return copies", "return None"), ["return a list of pairs (from, to)"]),
+    "10.route, all experts": ("10.route", EXERCISES["10.route"].starter.replace("# MEND", "# mine"), ["two experts, top 1: expert 0: expected 1, got 0.731059"]),
+    "10.route, one too many": ("10.route", ROUTE.replace("[:k]", "[: k + 1]"), ["two experts, top 1: expert 0: expected 1, got 0.731059"]),
+    "10.route, shares of the sum of all": ("10.route", ROUTE.replace("power / sum(powers)", "power / sum(math.exp(score - max(scores)) for score in scores)"), ["two experts, top 1: expert 0: expected 1, got 0.731059"]),
+    "10.route, powers too large": ("10.route", ROUTE.replace("score - max(scores)", "score"), ["high scores, top 2: OverflowError", "math.exp(score)"]),
+    "10.route, the lowest": ("10.route", ROUTE.replace("-scores[expert]", "scores[expert]"), ["two experts, top 1: expert 0: expected 1, got 0"]),
+    "10.pack, consecutive": ("10.pack", EXERCISES["10.pack"].starter.replace("# MEND", "# mine"), ["4 experts on 2 ranks: the results are right. It took 16 tokens on the fullest rank; the target is 9, 1.8× as much"]),
+    "10.pack, lightest first": ("10.pack", PACK.replace("-loads[expert]", "loads[expert]"), ["the target is 9"]),
+    "10.pack, dealt like cards": ("10.pack", "def pack(loads, ranks):\n    order = sorted(range(len(loads)), key=lambda expert: -loads[expert])\n    return [order[rank::ranks] for rank in range(ranks)]", ["It took 11 tokens on the fullest rank; the target is 9, 1.2× as much"]),
+    "10.pack, no limit": ("10.pack", PACK.replace("if len(share) < each", ""), ["6 experts on 2 ranks: rank 0 has 1 experts; expected 3, as many on each rank"]),
+    "10.pack, one forgotten": ("10.pack", PACK.replace("range(len(loads)), key", "range(1, len(loads)), key"), ["2 experts on 2 ranks: rank 1 has 0 experts; expected 1"]),
+    "10.pack, one twice": ("10.pack", PACK.replace("return shares", "return [shares[0]] * ranks"), ["2 experts on 2 ranks: expert 0 is there 2 times; expected once"]),
+    "10.pack, sums for experts": ("10.pack", PACK.replace("return shares", "return [sum(share) for share in shares]"), ["return a list with the experts of each of the 2 ranks, not [0, 1]"]),
+    "10.pack, counted from one": ("10.pack", PACK.replace("return shares", "return [[held + 1 for held in share] for share in shares]"), ["rank 1 has 2; there are experts 0 to 1"]),
+    "10.dispatch, all to all ranks": ("10.dispatch", EXERCISES["10.dispatch"].starter.replace("# MEND", "# mine"), ["2 ranks, each token with one expert: the results are right. It took 112 bytes of messages; the target is 32, 3.5× as much"]),
+    "10.dispatch, for each expert": ("10.dispatch", PER_PAIR, ["2 ranks, both experts on one of them: the results are right. It took 48 bytes of messages; the target is 32, 1.5× as much"]),
+    "10.dispatch, no answer": ("10.dispatch", DISPATCH.replace("back = comm.all_to_all(came * factors[:, None], recv, send)", "back = came * factors[:, None]"), ["2 ranks, each token with one expert: rank 0 at [1, 0]: expected 6, got 22"]),
+    "10.dispatch, the lists not exchanged": ("10.dispatch", DISPATCH.replace("None], recv, send)", "None], send, recv)"), ["3 ranks, nobody asks rank 2: rank 0 failed: ValueError: all_to_all: send_rows=[2, 1, 0] must sum to 5, the rows there are"]),
+    "10.dispatch, one expert off": ("10.dispatch", DISPATCH.replace("sum(e + 1 for e", "sum(e for e"), ["2 ranks, each token with one expert: rank "]),
+    "10.dispatch, answers to the first tokens": ("10.dispatch", DISPATCH.replace("index_add_(0, tokens, back)", "index_add_(0, tokens.sort().values, back)"), ["at [0, 0]: expected"]),
 }  # fmt: skip
 
 
@@ -255,6 +294,30 @@ def fewest(plan, counts, ttft_s, tpot_s):
         if good:
             return min(good, key=lambda each: plan(*each)[0])
 """),
+    "10.dispatch, by send and recv": ("10.dispatch", """
+def mixture(comm, given):
+    rows, choices = given
+    x = torch.tensor(rows)
+    def asked(source, to):
+        return [t for t, experts in enumerate(choices[source]) if any(e // 2 == to for e in experts)]
+    def said(row, experts):
+        return sum((e + 1) * row for e in experts if e // 2 == comm.rank)
+    mine = choices[comm.rank]
+    total = torch.stack([said(row, experts) + torch.zeros_like(row) for row, experts in zip(x, mine)])
+    for asker in range(comm.size):
+        for expert_rank in range(comm.size):
+            if asker != expert_rank and comm.rank == asker:
+                for token in asked(asker, expert_rank):
+                    comm.send(x[token], to=expert_rank)
+                    total[token] += comm.recv(torch.empty_like(x[0]), source=expert_rank)
+            if asker != expert_rank and comm.rank == expert_rank:
+                for token in asked(asker, expert_rank):
+                    row = comm.recv(torch.empty_like(x[0]), source=asker)
+                    comm.send(said(row, choices[asker][token]), to=asker)
+    return total
+"""),
+    "10.route, sorted": ("10.route", "def route(scores, k):\n    kept = torch.full((len(scores),), -math.inf)\n    best = torch.tensor(scores).topk(k)\n    kept[best.indices] = best.values\n    return kept.softmax(0).tolist()"),
+    "10.pack, tuples": ("10.pack", PACK.replace("return shares", "return tuple(tuple(reversed(share)) for share in shares)")),
     "09.place, divisions": ("09.place", "def place(rank, dp, pp, tp):\n    return [rank // (pp * tp), rank // tp % pp, rank % tp]"),
     "09.token, slices crossed": ("09.token", TOKEN.replace("comm.recv(torch.zeros(4), comm.rank - 2)", "comm.recv(torch.zeros(4), (comm.rank - 2) ^ 1)").replace("comm.send(result, comm.rank + 2)", "comm.send(result, (comm.rank + 2) ^ 1)")),
 }  # fmt: skip

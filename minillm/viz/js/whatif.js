@@ -24,6 +24,14 @@ function render({ model, el }) {
   }
   for (const [name, choices] of Object.entries(model.get("controls"))) {
     const line = element("label", { display: "flex", alignItems: "center", gap: "6px" }, bar, name);
+    if (typeof choices === "string") {
+      line.style.flex = "1 1 100%";
+      const words = element("input", { font: "inherit", flex: "1", maxWidth: "700px", padding: "1px 5px" }, line);
+      Object.assign(words, { type: "text", value: values[name], maxLength: 400 });
+      words.addEventListener("input", () => { values[name] = words.value; send(); });
+      words.addEventListener("keydown", (event) => event.stopPropagation()); // the notebook has commands of one key
+      continue;
+    }
     const numbers = choices.every((choice) => typeof choice === "number");
     if (numbers) {
       const range = element("input", { width: "150px" }, line);
