@@ -266,7 +266,7 @@ class Comm:
 def check_splits(size: int, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> None:
     """Raise `ValueError` for splits of an all-to-all that do not cover the tensor, or are not one for each rank."""
     if sum(send_rows) != tensor.shape[0]:
-        raise ValueError(f"all_to_all: send_rows={send_rows} must sum to {tensor.shape[0]}, the rows there are")
+        raise ValueError(f"all_to_all: send_rows={send_rows} for {tensor.shape[0]} rows")
     for name, rows in (("send_rows", send_rows), ("recv_rows", recv_rows)):
         if len(rows) != size:
             raise ValueError(f"all_to_all: {name}={rows} needs {size} numbers, one for each rank")
