@@ -137,11 +137,5 @@ def _scale(axis: Any, work: Sequence[int], unit: float) -> None:
     axis.text(WORDS - 0.008, 1.01, "tokens", ha="right", va="bottom", fontsize=9, color=FAINT)
     axis.text(BANK, 1.01, "ranks: their experts", ha="left", va="bottom", fontsize=9, color=FAINT)
     axis.text(
-        BARS,
-        -0.075,
-        "bars: products of a token and an expert; hatched: waiting",
-        ha="left",
-        va="top",
-        fontsize=9,
-        color=FAINT,
-    )
+        END, -0.075, "products of a token and an expert; hatched: waiting", ha="right", va="top", fontsize=9, color=FAINT
+    )  # fmt: skip

@@ -44,7 +44,9 @@ def _finding(times: Sequence[ExpertsTime]) -> str:
         return "The experts fit on none of these"
     least, best = fitting[0], min(fitting, key=lambda time: time.total_s)
     messages = (best.dispatch_s + best.combine_s) / best.total_s
-    if best.total_s > 0.95 * least.total_s:
-        return f"Wider gains little: messages are {messages:.0%} of {plain(best.ranks)} devices' time"
-    gain = plain(least.total_s / best.total_s)
-    return f"{best.ranks} devices: {gain} times as fast as {least.ranks}, the fewest that hold it; messages are {messages:.0%}"
+    gain = least.total_s / best.total_s
+    if best is least:
+        return f"{best.ranks} devices, the fewest that hold it, are fastest; messages take {messages:.0%}"
+    if gain < 1.05:
+        return f"Wider gains little: messages take {messages:.0%} of {best.ranks} devices' time"
+    return f"{best.ranks} devices: {plain(gain)} times as fast as {least.ranks}, the fewest that hold it; messages take {messages:.0%}"

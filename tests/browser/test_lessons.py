@@ -400,3 +400,32 @@ def test_lesson_09(browser: Any, lab: str) -> None:
     card.screenshot(path=SHOTS / "09-moved.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_10(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "10_experts.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "10")
+    guess_a_factor(
+        page, page.locator(".minillm-card", has_text="the fullest has how many times the mean"), 0.2, "Counted"
+    )
+    guess_a_factor(page, page.locator(".minillm-card", has_text="How many times as fast do two ranks"), 0.6)
+    ask = page.locator(".minillm-card", has_text="What comes out?")
+    ask.first.locator("button", has_text="all experts are alike").click()
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert "no test" in ask.last.inner_text()
+    card = turn(page, "Who has to wait for whom?", "by load, with copies", "in order", "by load")
+    card.screenshot(path=SHOTS / "10-placed.png")
+    words, picture = card.locator("input[type=text]"), card.locator("img")
+    before, began = picture.get_attribute("src"), time.monotonic()
+    words.fill("a rose is a rose " * 6)
+    page.wait_for_function("([image, before]) => image.src !== before", arg=[picture.element_handle(), before])
+    print(f"the river of other words after {time.monotonic() - began:.2f} s")
+    card.screenshot(path=SHOTS / "10-roses.png")
+    words.fill("")
+    card.get_by_text("is empty").wait_for()
+    card = turn(page, "How wide?", "H200", "100 Gbit/s", "Mixtral-8x7B")
+    card.screenshot(path=SHOTS / "10-wide.png")
+    assert page.broken == []
+    page.close()
