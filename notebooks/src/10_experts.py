@@ -89,6 +89,8 @@ asked = Predict("10.read", "64 requests decode together. How many experts of a l
 asked
 
 # %% tags=["needed"]
+from minillm.policy.experts import even
+
 plays = ["ROMEO\nBut soft, what light", "HAMLET\nTo be, or not to be", "FALSTAFF\nGive me a cup of sack",
          "KING HENRY V\nOnce more unto the breach", "LADY MACBETH\nOut, damned spot",
          "BRUTUS\nRomans, countrymen", "ROSALIND\nAll the world's a stage",
@@ -156,7 +158,7 @@ fullest
 
 # %%
 from minillm.parallel.exchange import destinations
-from minillm.policy.experts import even, place
+from minillm.policy.experts import place
 from minillm.viz.river import MOST, draw_river
 
 
@@ -494,7 +496,7 @@ for width, (dispatch_us, combine_us) in published.items():
 
 # %%
 from minillm.lesson.desk import whose
-from minillm.policy.experts import Placement, even
+from minillm.policy.experts import Placement
 
 print("pack is", whose(pack))
 for layer, loads in enumerate(past.tolist()):

@@ -192,8 +192,9 @@ DISPATCH = RanksExercise(
 def mixture(comm, given):
     """What this rank's tokens get from their experts: the sum of (e + 1) * x over a token's experts e.
 
-    given = rows, choices: the numbers of this rank's tokens, and for every rank and each of its tokens the
-    experts it chose. Experts 2r and 2r + 1 are on rank r: only there may (e + 1) * x be computed.
+    given = rows, choices: the numbers of this rank's tokens, and for every rank and each of its
+    tokens the experts it chose. Experts 2r and 2r + 1 are on rank r: only there may (e + 1) * x be
+    computed.
     Target: a token goes once to each other rank that has some of its experts, and one answer comes back.
     """
     rows, choices = given
