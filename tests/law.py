@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers import SWITCHES
+import pytest
+from helpers import SWITCHES, gone
 from hypothesis import strategies as st
 
-from minillm import LLM, EngineOptions, Layout, Ranks, SamplingParams
+from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
 from minillm.model.config import read_config
 from minillm.parallel.shards import Shard
 
@@ -134,3 +137,25 @@ def check_law(one: LLM, several: LLM, options: EngineOptions, work: list[Any]) -
         assert crowd.engine.load.used_blocks == 0
     finally:
         crowd.close()
+
+
+def check_fault(one: LLM, folder: Path, layout: str, how: signal.Signals) -> None:
+    """A rank of three is killed or stopped under load: the stream that steps says which, the others that it was lost; no process
+    is left, and the next request runs on new ones.
+    """
+    long = SamplingParams(max_tokens=60, ignore_eos=True)
+    with Ranks(3, device="cpu", timeout_s=1) as ranks, LLM(folder, layout=layout, device="cpu", ranks=ranks) as llm:
+        streams = [llm.stream([[number, 2]], SamplingParams(max_tokens=400, ignore_eos=True)) for number in range(3)]
+        for stream in streams:
+            next(stream)
+        pids = ranks.pids
+        os.kill(pids[1], how)
+        with pytest.raises(RankError, match="rank 1"):
+            list(streams[0])
+        for stream in streams[1:]:
+            with pytest.raises(RuntimeError, match="the ranks that served this request were lost"):
+                list(stream)
+        assert gone(pids)
+        assert llm.generate([[5, 6]], long)[0].token_ids == one.generate([[5, 6]], long)[0].token_ids
+        assert llm.engine.load.used_blocks == 0
+        assert layout.startswith("tp") or not llm.engine.router.under_way

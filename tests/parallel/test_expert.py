@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EXAMPLES, gone
+from helpers import EXAMPLES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, Made, check_law, check_weights
+from law import OPTIONS, WORK, Made, check_fault, check_law, check_weights
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 
@@ -22,9 +21,11 @@ from minillm.hardware.devices import find_device, find_link
 from minillm.model.config import read_config
 from minillm.model.tiny_moe import tiny_moe_folder
 from minillm.model.upcycle import upcycled_folder
+from minillm.parallel.expert import Turns
 from minillm.parallel.shards import Shard
 from minillm.policy.experts import Placement, even
 from minillm.policy.router import Router
+from minillm.ranks.membership import context
 from minillm.trace.replay import is_compute, replay
 from minillm.trace.trace import Category, Kind
 
@@ -292,24 +293,36 @@ def test_a_trace_for_replay_is_cut_at_the_messages(made: Made) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_replicas_that_share_experts_fall_and_rise_together(made: Made, how: signal.Signals) -> None:
+    check_fault(made.one("mixtral"), made.folders["mixtral"], "dp=3,ep=3", how)
+
+
+def forget(name: str) -> None:
+    """On rank 1, from now on: answers are not handed back."""
+    if context().rank == 1:
+        group = context().held[name].pipe.experts
+        exchange = group.all_to_all
+
+        def without_combine(what: str, x: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> Turns:
+            if what == "combine":
+                return x.new_zeros(sum(recv_rows), x.shape[1])
+            return (yield from exchange(what, x, send_rows, recv_rows))
+
+        group.all_to_all = without_combine
+
+
+def test_a_forgotten_combine_is_named(made: Made) -> None:
+    """The other waits in the combine; the one that went on meets them in its next collective."""
     one, folder = made.one("mixtral"), made.folders["mixtral"]
-    with (
-        Ranks(3, device="cpu", timeout_s=1) as ranks,
-        LLM(folder, layout="dp=3,ep=3", device="cpu", ranks=ranks) as llm,
-    ):
-        streams = [llm.stream([[number, 2]], SamplingParams(max_tokens=400, ignore_eos=True)) for number in range(3)]
-        for stream in streams:
-            next(stream)
-        pids = ranks.pids
-        os.kill(pids[1], how)
-        with pytest.raises(RankError, match="rank 1"):
-            list(streams[0])
-        for stream in streams[1:]:
-            with pytest.raises(RuntimeError, match="the ranks that served this request were lost"):
-                list(stream)
-        assert gone(pids)
-        assert llm.generate([[5, 6]], LONG)[0].token_ids == one.generate([[5, 6]], LONG)[0].token_ids
-        assert llm.engine.load.used_blocks == 0 and not llm.engine.router.under_way
+    with Ranks(2, device="cpu", timeout_s=2) as ranks, LLM(folder, "dp=2,ep=2", "cpu", ranks=ranks) as llm:
+        expected = llm.generate([[5, 6], [7]], SOME)
+        ranks.run(forget, llm.instance.name)
+        with pytest.raises(RankError) as error:
+            llm.generate([[5, 6], [7]], SOME)
+        said = str(error.value)
+        assert "all_to_all" in said and "all_gather" in said and "rank 1" in said, said
+        again = llm.generate([[5, 6], [7]], SOME)  # on new processes, as the model is
+        assert [o.token_ids for o in again] == [o.token_ids for o in expected]
+        assert again[0].token_ids == one.generate([[5, 6]], SOME)[0].token_ids
 
 
 @pytest.mark.parametrize(

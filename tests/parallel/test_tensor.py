@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EXAMPLES, gone
+from helpers import EXAMPLES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, Made, check_law, check_weights
+from law import OPTIONS, WORK, Made, check_fault, check_law, check_weights
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 
@@ -157,20 +156,7 @@ def test_sums_in_parts_overlap_with_the_work(made: Made) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_fails_its_requests_and_the_next_ones_run(made: Made, how: signal.Signals) -> None:
-    one, folder = made.one("llama"), made.folders["llama"]
-    with Ranks(3, device="cpu", timeout_s=1) as ranks, LLM(folder, layout="tp=3", device="cpu", ranks=ranks) as llm:
-        streams = [llm.stream([[number, 2]], SamplingParams(max_tokens=400, ignore_eos=True)) for number in range(2)]
-        for stream in streams:
-            next(stream)
-        pids = ranks.pids
-        os.kill(pids[1], how)
-        with pytest.raises(RankError, match="rank 1"):
-            list(streams[0])
-        with pytest.raises(RuntimeError, match="the ranks that served this request were lost"):
-            list(streams[1])
-        assert gone(pids)
-        assert llm.generate([[5, 6]], LONG)[0].token_ids == one.generate([[5, 6]], LONG)[0].token_ids
-        assert llm.engine.load.used_blocks == 0
+    check_fault(made.one("llama"), made.folders["llama"], "tp=3", how)
 
 
 @pytest.mark.parametrize(
