@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from minillm.kv.paged import PagedCache
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
 from minillm.model.weights import load_weights

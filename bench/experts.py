@@ -20,7 +20,7 @@ from harness import ratio, run_parts, side_by_side, summary
 
 from minillm import LLM, EngineOptions, SamplingParams
 from minillm.hardware.devices import find_device, find_link
-from minillm.model.config import parse_config, read_config
+from minillm.model.config_json import parse_config, read_config
 from minillm.model.linear import pack
 from minillm.model.moe import SparseMLP, Tally
 from minillm.model.tiny_moe import tiny_moe_folder

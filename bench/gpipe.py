@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from minillm.kv.paged import PagedCache
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.parallel.layout import Layout
 from minillm.parallel.loading import load_part
 from minillm.parallel.mesh import DeviceMesh

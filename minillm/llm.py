@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from minillm.engine.engine import Engine
-from minillm.engine.intake import Intake, Prompt
-from minillm.engine.request import Piece, Request, RequestOutput, number, with_twins
+from minillm.engine.intake import Intake
+from minillm.engine.request import RequestOutput
 from minillm.engine.runner import LocalRunner
+from minillm.engine.session import Session
 from minillm.hardware.machine import usable_cores
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import pack
 from minillm.model.moe import Tally, count_choices
@@ -38,17 +39,16 @@ from minillm.policy.router import Router, make_router
 from minillm.ranks.launch import Launch
 from minillm.ranks.pool import Ranks
 from minillm.trace.recorder import Recorder
-from minillm.trace.trace import Kind, Span, Trace
+from minillm.trace.trace import Kind, Trace
 
 
-class LLM:
+class LLM(Session):
     """A language model ready to answer.
 
-    `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs
-    in this process; "pp=2" (stages), "tp=2" (slices of every layer), "dp=2" (replicas) and all of them together run on ranks
-    that it starts, or on the `ranks` given: with dp a list, one `Ranks` for each replica; under a launcher, what `lead` gives.
-    `device` is "cpu", "cuda" or None
-    for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16" or None for float32 on a CPU and the checkpoint's
+    `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs in this
+    process; "pp=2" (stages), "tp=2" (slices of every layer), "dp=2" (replicas), "dp=2,ep=2" (replicas that share experts) and all
+    of them together run on ranks that it starts, or on the `ranks` given: with dp a list, one `Ranks` for each replica; under a
+    launcher, what `lead` gives. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16" or None for float32 on a CPU and the checkpoint's
     own on a GPU. `options` are the engine's limits and switches; `router` says which replica gets a request: "round-robin",
     "least-tokens", "prefix-aware", or a class of your own. Raises `ValueError` in one line for whatever cannot be.
     """
@@ -63,13 +63,14 @@ class LLM:
         ranks: Ranks | Sequence[Ranks] | Launch | None = None,
         router: str | type[Router] = "least-tokens",
     ) -> None:
+        super().__init__()
         self.options = _options(options)
         self.layout = Layout.parse(layout)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
         if self.layout.cp > 1:
-            raise ValueError(f"layout {str(self.layout)!r}: cp is not built yet; use dp, pp and tp")
+            raise ValueError(f"layout {str(self.layout)!r}: cp is not built yet; use dp, pp, tp and ep")
         self.router = router
         make_router(router, self.layout.dp)
         self.device = choose_device(device)
@@ -89,88 +90,6 @@ class LLM:
         else:
             check_names(self.config, self.folder)
             self.instances = self._on_ranks(ranks)
-        self.next_id = 0  # of requests, from 0 in every trace
-        self.trace = Trace()
-        self.timing = True  # False leaves the clocks out of the spans of `trace`; counts stay
-        self.on_span: Callable[[Span], None] | None = None  # called with each step's span as it ends
-
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
-        """Continue every prompt (a text, or token ids); returns the outputs in the prompts' order.
-
-        `params` is one `SamplingParams` for all, or one for each. `trace` then holds this run.
-        """
-        requests = self.prepare(prompts, params)
-        for _ in self._pieces(requests):
-            pass
-        return [request.output() for request in requests]
-
-    def measure_memory(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Trace:
-        """Generate once more, slowly, and return the trace with the peak of every step's activations; `trace` stays."""
-        return self._aside(prompts, params, self._new_recorder(activations=True))
-
-    def record_for_replay(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Trace:
-        """Generate once more, one rank computing at a time, and return the trace for `replay`; `trace` stays.
-
-        Ranks that share cores slow each other down, even in their own CPU time; one at a time they do not.
-        """
-        return self._aside(prompts, params, self._new_recorder(details=True), baton=True)
-
-    def measure_messages(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Trace:
-        """Generate once more, and return the trace in which steps are cut where something is sent; `trace` stays."""
-        return self._aside(prompts, params, self._new_recorder(details=True))
-
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Piece]:
-        """Continue a prompt, or several, and yield each token as it comes: `.index` of the prompt, `.token_id`, `.text`.
-
-        Its requests join those that run already, such as another stream's; closing the iterator cancels them.
-        """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        return self._pieces(self.prepare([prompts] if single else prompts, params))  # type: ignore[arg-type, list-item]
-
-    def prepare(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[Request]:
-        """Requests for `submit`, checked: raises `ValueError` for what `generate` refuses. Their `inbox` is shared."""
-        self._check_open()
-        return self.intake.requests(prompts, params, self.engine)
-
-    def submit(self, requests: Sequence[Request], arrived_s: float | None = None) -> None:
-        """Let prepared requests wait, and return at once; `step` then serves them, and their `inbox` gets what they give.
-
-        `arrived_s` is when they came, on the monotonic clock; now by default.
-        """
-        self.next_id = number(requests, self.next_id)
-        self.engine.add(requests, arrived_s)
-
-    def new_trace(self) -> None:
-        """What happens from now on goes into a new `trace`."""
-        recorder = self._new_recorder(on_span=self.on_span)
-        self.trace = recorder.trace
-        if not self.engine.has_work:
-            self.next_id = 0
-        self.engine.record(recorder)
-
-    def step(self) -> list[Piece]:
-        """One step of the engine, for all requests that wait or run; none when there are none."""
-        with one_thread():
-            return self.engine.step() if self.engine.requests else []
-
-    def cancel(self, requests: Sequence[Request]) -> None:
-        """End requests; their blocks are free at once or, on ranks, when the batches under way are back. Those that have ended
-        stay as they are.
-        """
-        if "engine" in self.__dict__:
-            self.engine.cancel(requests)
 
     def chat(self, message: str | list[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a question, or continue a conversation [{"role": "user", "content": "…"}, …], by the chat template."""
@@ -299,43 +218,6 @@ class LLM:
         self.trace = recorder.trace
         with recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
             return self.instance.ranks.run(score, self.instance.name, token_ids)[-1]
-
-    def _aside(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, recorder: Recorder,
-        **how: Any,
-    ) -> Trace:  # fmt: skip
-        """Generate with a recorder of its own; returns its trace. Raises `ValueError` while other requests run."""
-        requests = self.prepare(prompts, params)
-        if self.engine.has_work:
-            raise ValueError("other requests are running: let them end first")
-        before, self.next_id = self.engine.recorder, 0
-        try:
-            self.engine.record(recorder, **how)
-            self.submit(requests)
-            while any(each.finish_reason is None for each in with_twins(requests)):
-                self.step()
-        finally:
-            self.cancel(requests)
-            self.engine.record(before)
-        return recorder.trace
-
-    def _pieces(self, requests: list[Request]) -> Iterator[Piece]:
-        """Yield what the requests give; the steps serve all others too."""
-        inbox = requests[0].inbox
-        try:
-            if not self.engine.has_work:
-                self.new_trace()
-            self.submit(requests)
-            while True:
-                while inbox:
-                    yield inbox.popleft()
-                if all(each.finish_reason is not None for each in with_twins(requests)):
-                    break
-                self.step()
-            if any(each.finish_reason == "failed" for each in requests):
-                raise RuntimeError("the ranks that served this request were lost: ask again, they start anew")
-        finally:
-            self.cancel(requests)
 
     def _new_recorder(self, **options: Any) -> Recorder:
         """A recorder that says what runs here, and on what."""

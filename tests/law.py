@@ -15,7 +15,7 @@ from helpers import SWITCHES, gone
 from hypothesis import strategies as st
 
 from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.parallel.shards import Shard
 
 OPTIONS = st.builds(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from minillm.model.config import parse_config
+from minillm.model.config_json import parse_config
 from minillm.model.decoder import Decoder
 from minillm.model.weights import as_checkpoint
 

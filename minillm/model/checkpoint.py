@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from minillm.model.config import read_json
+from minillm.model.config_json import read_json
 from minillm.model.embedded import embedded_folder
 from minillm.model.tiny_moe import tiny_moe_folder
 from minillm.model.upcycle import upcycled_folder

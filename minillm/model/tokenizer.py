@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
-from minillm.model.config import read_json
+from minillm.model.config_json import read_json
 
 
 class Tokenizer:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minillm.model.config import read_config, read_json
+from minillm.model.config_json import read_config, read_json
 from minillm.model.embedded import cache_folder, embedded_folder
 
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

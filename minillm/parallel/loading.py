@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minillm.model.checkpoint import fingerprint
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import pack
 from minillm.model.moe import Tally, count_choices

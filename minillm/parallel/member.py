@@ -21,7 +21,7 @@ from minillm.engine.intake import Intake
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.engine.runner import default_num_blocks, weight_bytes
 from minillm.kv.paged import PagedCache
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.moe import Tally
 from minillm.model.tokenizer import Tokenizer

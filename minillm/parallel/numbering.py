@@ -24,7 +24,7 @@ def number_of(layout: Layout, place: dict[str, int], order: Sequence[str] = ORDE
 def places_of(layout: Layout) -> list[dict[str, int]]:
     """All places on the mesh. Raises `ValueError` for a layout with cp."""
     if layout.cp > 1:
-        raise ValueError(f"layout {str(layout)!r}: cp is not built yet; use dp, pp and tp")
+        raise ValueError(f"layout {str(layout)!r}: cp is not built yet; use dp, pp, tp and ep")
     return [
         {"dp": dp, "pp": pp, "tp": tp} for dp in range(layout.dp) for pp in range(layout.pp) for tp in range(layout.tp)
     ]

@@ -13,7 +13,7 @@ from tiny import make_checkpoint
 
 from minillm.cli import main
 from minillm.compare import Mode, Row, modes
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.parallel.layout import Layout
 
 

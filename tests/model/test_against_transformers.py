@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.kv.paged import PagedCache
-from minillm.model.config import ModelConfig, read_config
+from minillm.model.config import ModelConfig
+from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear, pack
 from minillm.model.weights import load_weights

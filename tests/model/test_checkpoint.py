@@ -18,7 +18,7 @@ from tiny import CONFIG, make_checkpoint
 from minillm import LLM, Layout
 from minillm.model import embedded
 from minillm.model.checkpoint import Tensors
-from minillm.model.config import parse_config, read_config
+from minillm.model.config_json import parse_config, read_config
 from minillm.model.decoder import Decoder
 from minillm.model.weights import load_weights
 from minillm.parallel.shards import Shard, share

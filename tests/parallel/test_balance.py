@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import CONFIG
 
 from minillm.hardware.devices import find_device
-from minillm.model.config import parse_config
+from minillm.model.config_json import parse_config
 from minillm.model.cost import pass_cost
 from minillm.parallel.balance import balance, predict_costs
 from minillm.policy.batch import Batch, Chunk

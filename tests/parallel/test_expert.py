@@ -18,7 +18,7 @@ from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
 from minillm.hardware.devices import find_device, find_link
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.model.tiny_moe import tiny_moe_folder
 from minillm.model.upcycle import upcycled_folder
 from minillm.parallel.expert import Turns

@@ -14,7 +14,7 @@ from law import is_tie
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Layout, Ranks, SamplingParams
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.parallel.hybrid import factorisations, fitting, lines, place_text, sent_bytes
 from minillm.trace.collectives import ring_share
 from minillm.trace.trace import Kind

@@ -18,7 +18,7 @@ from law import OPTIONS, WORK, check_law, started
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.parallel.shards import Shard
 from minillm.trace.life import Event
 from minillm.trace.trace import Category, Kind

@@ -18,7 +18,7 @@ from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, RankError, Ranks, SamplingParams
 from minillm.hardware.devices import find_device, find_link
-from minillm.model.config import read_config
+from minillm.model.config_json import read_config
 from minillm.parallel import member
 from minillm.parallel.layout import Layout
 from minillm.policy.batch import Batch, Chunk
