@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
 from minillm.model.config_json import read_config
 from minillm.parallel.shards import Shard
+from minillm.trace.life import Event
 
 OPTIONS = st.builds(
     EngineOptions,
@@ -155,7 +156,8 @@ def check_fault(one: LLM, folder: Path, layout: str, how: signal.Signals) -> Non
         for stream in streams[1:]:
             with pytest.raises(RuntimeError, match="the ranks that served this request were lost"):
                 list(stream)
+        assert [life.moments[-1][0] for life in llm.trace.lives] == [Event.FAILED] * 3
         assert gone(pids)
         assert llm.generate([[5, 6]], long)[0].token_ids == one.generate([[5, 6]], long)[0].token_ids
         assert llm.engine.load.used_blocks == 0
-        assert layout.startswith("tp") or not llm.engine.router.under_way
+        assert "dp" not in layout or not llm.engine.router.under_way

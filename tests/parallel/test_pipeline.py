@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,10 +13,10 @@ import torch
 from helpers import EXAMPLES, gone
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law, started
+from law import OPTIONS, WORK, check_fault, check_law, started
 from tiny import make_checkpoint
 
-from minillm import LLM, EngineOptions, Layout, RankError, Ranks, SamplingParams
+from minillm import LLM, EngineOptions, Layout, Ranks, SamplingParams
 from minillm.model.config_json import read_config
 from minillm.parallel.shards import Shard
 from minillm.trace.life import Event
@@ -138,23 +137,7 @@ def test_lives_are_told(pipes: dict[str, LLM]) -> None:
 def test_a_stage_that_dies_fails_its_requests_and_the_next_ones_run(
     one: LLM, folder: Path, how: signal.Signals
 ) -> None:
-    """The error names the rank; every stream under way says that it failed; blocks are free; the ranks start anew."""
-    with Ranks(3, device="cpu", timeout_s=1) as ranks, LLM(folder, layout="pp=3", device="cpu", ranks=ranks) as pipe:
-        streams = [pipe.stream([[number, 2]], SamplingParams(max_tokens=2000, ignore_eos=True)) for number in range(3)]
-        for stream in streams:
-            next(stream)
-        pids = ranks.pids
-        os.kill(pids[1], how)
-        with pytest.raises(RankError, match="rank 1"):
-            for _ in streams[0]:
-                pass
-        for stream in streams[1:]:
-            with pytest.raises(RuntimeError, match="the ranks that served this request were lost"):
-                list(stream)
-        assert [life.moments[-1][0] for life in pipe.trace.lives] == [Event.FAILED] * 3
-        assert gone(pids)
-        assert pipe.generate([[5, 6]], LONG)[0].token_ids == one.generate([[5, 6]], LONG)[0].token_ids
-        assert pipe.engine.load.used_blocks == 0
+    check_fault(one, folder, "pp=3", how)
 
 
 def test_a_dropped_stream_leaves_the_ranks_free(pipes: dict[str, LLM]) -> None:
