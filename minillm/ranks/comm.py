@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from minillm.ranks.backend import Backend
 from minillm.ranks.board import Board, Operation, State
+from minillm.ranks.rows import all_to_all
 from minillm.ranks.shared import SharedMemory
 from minillm.ranks.transfers import Follower, Transfer
 from minillm.ranks.watch import caller, p2p_channels, shape_of, wait_for_device
@@ -42,8 +43,8 @@ class _Over:
 class Comm:
     """A group of ranks that communicate. `members` are global ranks, in group order; tensors are on `device`.
 
-    `isend`, `irecv`, `iall_reduce` and `iall_to_all` return at once, all others wait. All members must call alike, but for the four that go from one rank
-    to another. Peers and roots are numbered within the group. `counts` maps the operation's name to its `Count`.
+    `isend`, `irecv`, `iall_reduce` and `iall_to_all` return at once, all others wait. All members must call alike, but for the
+    four that go from one rank to another. Peers and roots are numbered within the group. `counts` maps the operation's name to its `Count`.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Comm:
     board: Board
     backend: Backend
     group: Any = None  # torch process group; None for a group of one
-    shared: SharedMemory | None = None  # carries sums, gathers and broadcasts that are waited for, where it is there
+    shared: SharedMemory | None = None  # carries all that is waited for but reduce_scatter, where it is there
     counts: dict[str, Count] = field(default_factory=dict)
     collectives: int = 0  # how many have begun, the same on all members
     _followers: dict[tuple[str, int], Follower] = field(default_factory=dict)
@@ -124,7 +125,9 @@ class Comm:
         check_splits(self.size, tensor, send_rows, recv_rows)
         buffer = self._stage(tensor.contiguous())
         result = buffer.new_empty(sum(recv_rows), *tensor.shape[1:])
-        self._run("all_to_all", None, tensor, lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows))
+        by_memory = lambda memory: all_to_all(memory, result, buffer, send_rows, recv_rows)  # noqa: E731
+        start = lambda: self.group.alltoall_base(result, buffer, recv_rows, send_rows)  # noqa: E731
+        self._run("all_to_all", None, tensor, start, by_memory)
         return (result if self.size > 1 else buffer.clone()).to(tensor.device)
 
     def iall_to_all(self, tensor: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> Transfer:

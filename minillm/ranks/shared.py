@@ -1,4 +1,5 @@
-"""All-reduce, all-gather and broadcast over memory that all ranks of a host see: no transport, and no wait for one.
+"""All-reduce, all-gather and broadcast over memory that all ranks of a host see: no transport, and no wait for one. The
+all-to-all over it is in `ranks/rows.py`.
 
 Nothing is sent: each rank writes a slot of its own and raises a flag, and reads everybody's slots when all flags are up.
 That leans on one promise of the processor: whoever sees a flag also sees what was written before it. x86 keeps it for
@@ -47,7 +48,7 @@ class SharedMemory:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a contiguous tensor over the group, in place; every rank adds up to the same bits."""
-        call = self._call("all_reduce", tensor)
+        call = self.call("all_reduce", tensor)
         with torch.inference_mode():  # writes into every tensor, whichever mode it is from
             for part in _parts(tensor):
                 slots = self.exchange(part, call)
@@ -58,14 +59,14 @@ class SharedMemory:
 
     def all_gather(self, result: torch.Tensor, tensor: torch.Tensor) -> None:
         """Everybody's contiguous tensor, one after the other into `result`."""
-        call, begin, rows = self._call("all_gather", tensor), 0, result.view(self.size, tensor.numel())
+        call, begin, rows = self.call("all_gather", tensor), 0, result.view(self.size, tensor.numel())
         for part in _parts(tensor):
             rows[:, begin : begin + len(part)] = self.exchange(part, call)
             begin += len(part)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """The root's contiguous tensor into everybody's."""
-        call = self._call(f"broadcast {root}", tensor)
+        call = self.call(f"broadcast {root}", tensor)
         with torch.inference_mode():
             for part in _parts(tensor):
                 part.copy_(self.exchange(part, call)[root])
@@ -90,7 +91,7 @@ class SharedMemory:
                 )
         return slots
 
-    def _call(self, name: str, tensor: torch.Tensor) -> int:
+    def call(self, name: str, tensor: torch.Tensor) -> int:
         """A collective in one word: the message's bytes, and 20 bits of its name and dtype."""
         key = name, tensor.dtype, tensor.nbytes
         if key not in self.calls:

@@ -248,7 +248,7 @@ WhatIf(draw_sums, "What does the sum after a block cost?",
 # > all-reduce of their own for small messages between GPUs of one host (`--disable-custom-all-reduce` switches it off), in the
 # > same manner: slots and flags in memory that all see.
 # >
-# > **Your devices.** No GPU, or one: all-reduce, all-gather and broadcast by shared memory on x86, the others by gloo. Several
+# > **Your devices.** No GPU, or one: on Linux and x86 by shared memory, but for reduce-scatter, which goes by gloo. Several
 # > GPUs: NCCL, for every collective of this page.
 # >
 # > **Papers.** Patarasuk and Yuan, *Bandwidth optimal all-reduce*, 2009 · Thakur et al., *Optimization of collective

@@ -1,4 +1,4 @@
-"""The all-reduce over shared memory: right under every interleaving, safe when somebody dies, gone without a trace."""
+"""Collectives over shared memory: right under every interleaving, safe when somebody dies, gone without a trace."""
 
 from __future__ import annotations
 
@@ -46,7 +46,20 @@ def random_sums(rounds: int) -> str:
             assert torch.equal(comm.all_gather(parts[here.rank]), torch.cat(parts))
         if number % 5 == 0:
             assert torch.equal(comm.broadcast(parts[here.rank].clone(), number % size), parts[number % size])
+        if number % 4 == 0:
+            moved(dice.choice([0, 1, 5, 100]) if number else SLOT_BYTES // 1000, dice.choice([1, 576]), number)
     return f"{comm.counts['all_reduce'].calls} sums"
+
+
+def moved(most: int, width: int, seed: int) -> None:
+    """An all-to-all of random splits, each of at most so many rows."""
+    here = context()
+    size, dice = here.world_size, random.Random(seed)
+    rows = [[dice.randint(0, most) for _ in range(size)] for _ in range(size)]  # [from, to]
+    said = [[torch.full((rows[a][b], width), 10.0 * a + b).int() for b in range(size)] for a in range(size)]
+    send, take = rows[here.rank], [rows[other][here.rank] for other in range(size)]
+    got = here.comm().all_to_all(torch.cat(said[here.rank]), send, take)
+    assert torch.equal(got, torch.cat([said[other][here.rank] for other in range(size)]))
 
 
 def test_sums_with_random_pauses(ranks2: Ranks, ranks4: Ranks) -> None:
@@ -155,6 +168,12 @@ def test_in_and_out_of_inference_mode(ranks2: Ranks) -> None:
 def test_messages_of_different_sizes_are_named(ranks2: Ranks) -> None:
     with pytest.raises(RankError, match=r"gives \d bytes, rank . \d|disagree|shape|\[1\]"):
         ranks2.run(lambda: context().comm().all_reduce(torch.zeros(1 + context().rank)))
+    assert ranks2.run(lambda: 1) == [1, 1]
+
+
+def test_splits_that_do_not_fit_each_other_are_named(ranks2: Ranks) -> None:
+    with pytest.raises(RankError, match="rank 1 of the group sends 2 rows to rank 0, which waits for 3"):
+        ranks2.run(lambda: context().comm().all_to_all(torch.zeros(4, 2), [2, 2], [2, 3 - context().rank]))
     assert ranks2.run(lambda: 1) == [1, 1]
 
 
