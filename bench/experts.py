@@ -3,7 +3,7 @@
 Writes bench/results/experts.json. One thread a rank, float32; engines take turns. `upcycled` is SmolLM2 with copies of its MLPs
 (`minillm/model/upcycle.py`), tiny-moe the trained one (`minillm/model/tiny_moe`).
 
-    python bench/experts.py [law] [grouped] [prefill] [balance] [overlap]
+    python bench/experts.py [law] [grouped] [prefill] [decode] [balance] [overlap]
 """
 
 from __future__ import annotations
@@ -199,6 +199,34 @@ def prefill(_: LLM) -> dict[str, Any]:
     return found
 
 
+def decode(_: LLM) -> dict[str, Any]:
+    """32 tokens for each of 2, 8 and 32 requests by upcycled SmolLM2, 4 experts, one rank beside two; prompts are not counted."""
+    work = torch.randint(5, 40_000, (32, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    params, folder, found = SamplingParams(max_tokens=33, ignore_eos=True), upcycled_folder(4), {}
+    with LLM(folder, device="cpu") as one, LLM(folder, "dp=2,ep=2", "cpu") as two:
+        for batch in (2, 8, 32):
+            given = [[output.token_ids for output in llm.generate(work[:batch], params)] for llm in (one, two)]
+            same = sum(a == b for a, b in zip(*given))
+            jobs = {
+                f"{name}, {what}": lambda llm=llm, say=say, some=work[:batch]: llm.generate(some, say)
+                for name, llm in {"one": one, "two": two}.items()
+                for what, say in {"prompts": ONE, "all": params}.items()
+            }
+            seconds = side_by_side(jobs, 5)
+            steps = {
+                name: [whole - read for whole, read in zip(seconds[f"{name}, all"], seconds[f"{name}, prompts"])]
+                for name in ("one", "two")
+            }
+            gain = ratio(steps["one"], steps["two"])
+            found[f"{batch} requests"] = {"gain": gain, "same tokens": same, "of": batch, "raw_s": seconds}
+            print(
+                f"decode, {batch} requests: {gain['median']:.2f}x ({gain['min']:.2f}-{gain['max']:.2f}), {same} of {batch} "
+                f"the same",
+                flush=True,
+            )
+    return found
+
+
 def balance(_: LLM) -> dict[str, Any]:
     """tiny-moe on four and eight ranks, 80 prompts and 60 tokens each: the load as it is, and after one placement by what the
     same number of other requests chose; by measured counts of pairs on ranks.
@@ -286,4 +314,7 @@ def overlap(_: LLM) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_parts("experts", {"law": law, "grouped": grouped, "prefill": prefill, "balance": balance, "overlap": overlap})
+    parts = {
+        "law": law, "grouped": grouped, "prefill": prefill, "decode": decode, "balance": balance, "overlap": overlap
+    }  # fmt: skip
+    run_parts("experts", parts)
