@@ -79,6 +79,7 @@ class Predict(InteractivePicture):
         if not self.choices and not (truth > 0 and math.isfinite(truth)):
             raise ValueError(f"the measurement {truth} cannot stand on a logarithmic axis: give a number above 0")
         self.why, self.how = why, how
+        self._fixed_picture = isinstance(draw, Figure)  # which does not show the guess
         self._draw = (lambda guess: draw) if isinstance(draw, Figure) else draw
         self._redraw()
         self.truth = truth
@@ -96,7 +97,7 @@ class Predict(InteractivePicture):
         if self.truth is None or self._draw is None:
             return png(self._still())
         picture = png(self._draw(self.value))
-        return stacked(png(self._still()), picture) if self.choices else picture
+        return stacked(png(self._still()), picture) if self.choices or self._fixed_picture else picture
 
     def _fixed(self, change: Any) -> None:
         self._redraw()

@@ -41,12 +41,13 @@ def draw_river(
         )
     goes_to = destinations(torch.tensor(chosen), placement).tolist()
     work = [sum(row.count(rank) for row in goes_to) for rank in range(len(placement.ranks))]
-    figure, (axis,) = new_figure(1.5 + 0.19 * max(len(words), 12))
+    figure, (axis,) = new_figure(1.6 + 0.19 * max(len(words), 16))
     boxes = _boxes(work)
     _ribbons(axis, goes_to, boxes, work.index(max(work)))
     height = 1 / len(words)
     for number, word in enumerate(words):
-        text = word.strip() or repr(word).strip("'")
+        text = word.strip() or word.replace(" ", "␣").replace("\n", "\\n")
+        text = "(byte)" if "\ufffd" in text else text  # of a character that is several tokens
         axis.text(
             WORDS - 0.008, 1 - (number + 0.5) * height, text, ha="right", va="center", fontsize=9, family="monospace"
         )
@@ -54,7 +55,7 @@ def draw_river(
         _rank(axis, rank, placement.held(rank), low, high)
         _bar(axis, work, rank, (low + high) / 2, min(0.06, 0.55 / len(work)), (END - BARS) / max(*work, most))
     _scale(axis, work, (END - BARS) / max(*work, most))
-    axis.set(xlim=(-0.13, 1.0), ylim=(-0.13, 1.08))
+    axis.set(xlim=(-0.13, 1.0), ylim=(-0.15, 1.08))
     axis.axis("off")
     return frame(figure, finding, caption)
 
@@ -123,19 +124,20 @@ def _bar(axis: Any, work: Sequence[int], rank: int, middle: float, half: float, 
                 edgecolor=WAITING, hatch="////", linewidth=0.0,
             )
         )  # fmt: skip
-    axis.text(BARS + work[rank] * unit / 2, middle, str(work[rank]), ha="center", va="center", fontsize=9, color=INK)
+    axis.text(BARS + 0.004, middle, str(work[rank]), ha="left", va="center", fontsize=9, color=INK)
 
 
 def _scale(axis: Any, work: Sequence[int], unit: float) -> None:
     """The fullest rank's line, at which the layer ends for all, and the mean's, at which it could."""
     end, mean = BARS + max(work) * unit, BARS + sum(work) / len(work) * unit
     axis.plot([end, end], [-0.02, 1.0], color=INK, linewidth=1.4)
-    axis.text(end, 1.01, "the layer ends", ha="right", va="bottom", fontsize=9, color=INK)
-    if max(work) > 1.1 * sum(work) / len(work):
+    side = "right" if end > BARS + 0.12 else "left"
+    axis.text(end, 1.01, "the layer ends", ha=side, va="bottom", fontsize=9, color=INK)
+    if max(work) > 1.02 * sum(work) / len(work):
         axis.plot([mean, mean], [-0.02, 1.0], color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
         axis.text(mean, -0.03, "if all had as much", ha="center", va="top", fontsize=9, color=INK)
     axis.text(WORDS - 0.008, 1.01, "tokens", ha="right", va="bottom", fontsize=9, color=FAINT)
-    axis.text(BANK, 1.01, "ranks: their experts", ha="left", va="bottom", fontsize=9, color=FAINT)
+    axis.text(BOX, 1.01, "ranks: their experts", ha="right", va="bottom", fontsize=9, color=FAINT)
     axis.text(
-        END, -0.075, "products of a token and an expert; hatched: waiting", ha="right", va="top", fontsize=9, color=FAINT
+        END, -0.085, "products of a token and an expert; hatched: waiting", ha="right", va="top", fontsize=9, color=FAINT
     )  # fmt: skip

@@ -118,7 +118,7 @@ def ring(comm, numbers):
 """
 PER_PAIR = """
 def mixture(comm, given):
-    rows, choices = given
+    rows, choices, w = given
     x = torch.tensor(rows)
     def pairs(source, to):
         return [(token, e) for token, experts in enumerate(choices[source]) for e in experts if e // 2 == to]
@@ -126,7 +126,7 @@ def mixture(comm, given):
     coming = [pairs(other, comm.rank) for other in range(comm.size)]
     send, recv = [len(each) for each in going], [len(each) for each in coming]
     tokens = torch.tensor([token for each in going for token, _ in each])
-    factors = torch.tensor([e + 1.0 for each in coming for _, e in each])
+    factors = torch.tensor([w[e] for each in coming for _, e in each])
     back = comm.all_to_all(comm.all_to_all(x[tokens], send, recv) * factors[:, None], recv, send)
     return torch.zeros_like(x).index_add_(0, tokens, back)
 """
@@ -248,6 +248,8 @@ WRONG = {
     "10.route, shares of the sum of all": ("10.route", ROUTE.replace("power / sum(powers)", "power / sum(math.exp(score - max(scores)) for score in scores)"), ["two experts, top 1: expert 0: expected 1, got 0.731059"]),
     "10.route, powers too large": ("10.route", ROUTE.replace("score - max(scores)", "score"), ["high scores, top 2: OverflowError", "math.exp(score)"]),
     "10.route, the lowest": ("10.route", ROUTE.replace("-scores[expert]", "scores[expert]"), ["two experts, top 1: expert 0: expected 1, got 0"]),
+    "10.route, all that reach the k-th best": ("10.route", "def route(scores, k):\n    least = sorted(scores)[-k]\n    powers = [math.exp(score - max(scores)) * (score >= least) for score in scores]\n    return [power / sum(powers) for power in powers]", ["three are alike, top 2: expert 1: expected 0.5, got 0.333333"]),
+    "10.route, nothing": ("10.route", "def route(scores, k):\n    ...", ["two experts, top 1: return a list of 2 weights, one for each expert, not None"]),
     "10.pack, consecutive": ("10.pack", EXERCISES["10.pack"].starter.replace("# MEND", "# mine"), ["4 experts on 2 ranks: the results are right. It took 16 tokens on the fullest rank; the target is 9, 1.8× as much"]),
     "10.pack, lightest first": ("10.pack", PACK.replace("-loads[expert]", "loads[expert]"), ["the target is 9"]),
     "10.pack, dealt like cards": ("10.pack", "def pack(loads, ranks):\n    order = sorted(range(len(loads)), key=lambda expert: -loads[expert])\n    return [order[rank::ranks] for rank in range(ranks)]", ["It took 11 tokens on the fullest rank; the target is 9, 1.2× as much"]),
@@ -258,9 +260,10 @@ WRONG = {
     "10.pack, counted from one": ("10.pack", PACK.replace("return shares", "return [[held + 1 for held in share] for share in shares]"), ["rank 1 has 2; there are experts 0 to 1"]),
     "10.dispatch, all to all ranks": ("10.dispatch", EXERCISES["10.dispatch"].starter.replace("# MEND", "# mine"), ["2 ranks, each token with one expert: the results are right. It took 112 bytes of messages; the target is 32, 3.5× as much"]),
     "10.dispatch, for each expert": ("10.dispatch", PER_PAIR, ["2 ranks, both experts on one of them: the results are right. It took 48 bytes of messages; the target is 32, 1.5× as much"]),
-    "10.dispatch, no answer": ("10.dispatch", DISPATCH.replace("back = comm.all_to_all(came * factors[:, None], recv, send)", "back = came * factors[:, None]"), ["2 ranks, each token with one expert: rank 0 at [1, 0]: expected 6, got 22"]),
+    "10.dispatch, no answer": ("10.dispatch", DISPATCH.replace("back = comm.all_to_all(came * factors[:, None], recv, send)", "back = came * factors[:, None]"), ["2 ranks, each token with one expert: rank 0 at [1, 0]: expected 4, got 55"]),
     "10.dispatch, the lists not exchanged": ("10.dispatch", DISPATCH.replace("None], recv, send)", "None], send, recv)"), ["3 ranks, nobody asks rank 2: rank 0 failed: ValueError: all_to_all: send_rows=[2, 1, 0] for 5 rows"]),
-    "10.dispatch, one expert off": ("10.dispatch", DISPATCH.replace("sum(e + 1 for e", "sum(e for e"), ["2 ranks, each token with one expert: rank "]),
+    "10.dispatch, one expert off": ("10.dispatch", DISPATCH.replace("sum(w[e] for e in held)", "w[held[0]]"), ["2 ranks, both experts on one of them: rank 0 at [0, 0]: expected 9, got 2"]),
+    "10.dispatch, computed at home": ("10.dispatch", "def mixture(comm, given):\n    rows, choices, w = given\n    sums = [sum(w[e] for e in experts) for experts in choices[comm.rank]]\n    return torch.tensor(sums)[:, None] * torch.tensor(rows)", ["2 ranks, each token with one expert: rank 0 failed: KeyError: 2"]),
     "10.dispatch, answers to the first tokens": ("10.dispatch", DISPATCH.replace("index_add_(0, tokens, back)", "index_add_(0, tokens.sort().values, back)"), ["at [0, 0]: expected"]),
 }  # fmt: skip
 
@@ -296,12 +299,12 @@ def fewest(plan, counts, ttft_s, tpot_s):
 """),
     "10.dispatch, by send and recv": ("10.dispatch", """
 def mixture(comm, given):
-    rows, choices = given
+    rows, choices, w = given
     x = torch.tensor(rows)
     def asked(source, to):
         return [t for t, experts in enumerate(choices[source]) if any(e // 2 == to for e in experts)]
     def said(row, experts):
-        return sum((e + 1) * row for e in experts if e // 2 == comm.rank)
+        return sum(w[e] * row for e in experts if e in w)
     mine = choices[comm.rank]
     total = torch.stack([said(row, experts) + torch.zeros_like(row) for row, experts in zip(x, mine)])
     for asker in range(comm.size):
@@ -316,7 +319,7 @@ def mixture(comm, given):
                     comm.send(said(row, choices[asker][token]), to=asker)
     return total
 """),
-    "10.route, sorted": ("10.route", "def route(scores, k):\n    kept = torch.full((len(scores),), -math.inf)\n    best = torch.tensor(scores).topk(k)\n    kept[best.indices] = best.values\n    return kept.softmax(0).tolist()"),
+    "10.route, sorted": ("10.route", "def route(scores, k):\n    kept = torch.full((len(scores),), -math.inf)\n    best = torch.tensor(scores).sort(descending=True, stable=True)\n    kept[best.indices[:k]] = best.values[:k]\n    return kept.softmax(0).tolist()"),
     "10.pack, tuples": ("10.pack", PACK.replace("return shares", "return tuple(tuple(reversed(share)) for share in shares)")),
     "09.place, divisions": ("09.place", "def place(rank, dp, pp, tp):\n    return [rank // (pp * tp), rank // tp % pp, rank % tp]"),
     "09.token, slices crossed": ("09.token", TOKEN.replace("comm.recv(torch.zeros(4), comm.rank - 2)", "comm.recv(torch.zeros(4), (comm.rank - 2) ^ 1)").replace("comm.send(result, comm.rank + 2)", "comm.send(result, (comm.rank + 2) ^ 1)")),

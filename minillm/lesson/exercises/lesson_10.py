@@ -12,6 +12,7 @@ from minillm.lesson.exercise import Case, Exercise, Outcome, RanksExercise, Rule
 from minillm.policy.experts import balanced_packing
 
 HERE = 2  # experts on a rank, in the dispatch
+NUMBERS = (3.0, 5.0, 2.0, 7.0, 11.0, 4.0, 13.0, 6.0)  # what each expert multiplies by
 
 
 def route_spec(case: Case) -> list[float]:
@@ -22,6 +23,15 @@ def route_spec(case: Case) -> list[float]:
     return [powers.get(expert, 0.0) / sum(powers.values()) for expert in range(len(scores))]
 
 
+def drive_route(function: Callable[..., Any], case: Case) -> Outcome:
+    """Raises `RuleError` for what is no weight for each expert."""
+    scores, k = case.inputs
+    weights = function(list(scores), k)
+    if not isinstance(weights, (list, tuple)) or len(weights) != len(scores):
+        raise RuleError(f"return a list of {len(scores)} weights, one for each expert, not {weights!r:.60}")
+    return Outcome(list(weights))
+
+
 def drive_pack(function: Callable[..., Any], case: Case) -> Outcome:
     """The work is the fullest rank's load. Raises `RuleError` for shares that are none."""
     loads, ranks = case.inputs
@@ -29,22 +39,16 @@ def drive_pack(function: Callable[..., Any], case: Case) -> Outcome:
     if not isinstance(shares, (list, tuple)) or len(shares) != ranks or not all(
         isinstance(each, (list, tuple)) for each in shares
     ):  # fmt: skip
-        raise RuleError(
-            f"{case.label}: return a list with the experts of each of the {ranks} ranks, not {shares!r:.60}"
-        )
+        raise RuleError(f"return a list with the experts of each of the {ranks} ranks, not {shares!r:.60}")
     each = len(loads) // ranks
     for rank, share in enumerate(shares):
         if strange := [held for held in share if type(held) is not int or not 0 <= held < len(loads)]:
-            raise RuleError(
-                f"{case.label}: rank {rank} has {strange[0]!r:.40}; there are experts 0 to {len(loads) - 1}"
-            )
+            raise RuleError(f"rank {rank} has {strange[0]!r:.40}; there are experts 0 to {len(loads) - 1}")
         if len(share) != each:
-            raise RuleError(
-                f"{case.label}: rank {rank} has {len(share)} experts; expected {each}, as many on each rank"
-            )
+            raise RuleError(f"rank {rank} has {len(share)} experts; expected {each}, as many on each rank")
     for expert in range(len(loads)):
         if (count := sum(list(share).count(expert) for share in shares)) != 1:
-            raise RuleError(f"{case.label}: expert {expert} is there {count} times; expected once")
+            raise RuleError(f"expert {expert} is there {count} times; expected once")
     return Outcome([len(loads)], round(max(sum(loads[held] for held in share) for share in shares)))
 
 
@@ -55,16 +59,16 @@ def fullest_load(case: Case) -> int:
 
 
 def mixture_spec(case: Case) -> list[torch.Tensor]:
-    """Σ (e + 1) · x over the experts e of each token."""
+    """The sum of what its experts multiply by, times x, for each token."""
     return [
-        torch.tensor([[sum(expert + 1 for expert in mine) * number for number in row] for row, mine in zip(rows, choices[rank])])
-        for rank, (rows, choices) in enumerate(case.inputs)
+        torch.tensor([[sum(NUMBERS[expert] for expert in mine) * number for number in row] for row, mine in zip(rows, choices[rank])])
+        for rank, (rows, choices, _) in enumerate(case.inputs)
     ]  # fmt: skip
 
 
 def least_bytes(case: Case) -> int:
     """There and back, a token's numbers once for every other rank that has some of its experts."""
-    rows, choices = case.inputs[0]
+    rows, choices, _ = case.inputs[0]
     ways = sum(
         len({expert // HERE for expert in experts} - {rank})
         for rank, mine in enumerate(choices)
@@ -85,7 +89,10 @@ def _chosen(label: str, *choices: list[tuple[int, ...]], first: int = 1) -> Case
     rows = [
         [[float(first + 10 * rank + token), 1.0] for token in range(len(mine))] for rank, mine in enumerate(choices)
     ]
-    return Case(label, tuple((mine, list(choices)) for mine in rows))
+    held = [
+        {expert: NUMBERS[expert] for expert in range(HERE * rank, HERE * (rank + 1))} for rank in range(len(choices))
+    ]
+    return Case(label, tuple((mine, list(choices), here) for mine, here in zip(rows, held)))
 
 
 ROUTE = Exercise(
@@ -93,17 +100,21 @@ ROUTE = Exercise(
     function="route",
     minutes=5,
     spec=route_spec,
-    drive=lambda function, case: Outcome(list(function(list(case.inputs[0]), case.inputs[1]))),
+    drive=drive_route,
     names=tuple(f"expert {number}" for number in range(16)),
     cases=(
         _scores("two experts", 1.0, 0.0, k=1),
         _scores("four experts", 2.0, 1.0, 0.0, -1.0),
         _scores("the best come last", -3.0, 0.0, 1.0, 0.5, 1.5, k=3),
         _scores("high scores", 1000.0, 998.0, 997.0),
+        _scores("three are alike", 0.0, 1.0, 1.0, 1.0),
     ),
     starter='''\
 def route(scores, k):
-    """The weight of every expert for one token: a softmax over the k best scores, 0.0 for all others."""
+    """The weight of every expert for one token: a softmax over the k best scores, 0.0 for all others.
+
+    Of scores that are alike, the first count as better.
+    """
     powers = [math.exp(score) for score in scores]  # MEND (about 5 lines): this takes all experts
     return [power / sum(powers) for power in powers]
 ''',
@@ -190,39 +201,38 @@ DISPATCH = RanksExercise(
     unit="bytes of messages",
     starter='''\
 def mixture(comm, given):
-    """What this rank's tokens get from their experts: the sum of (e + 1) * x over a token's experts e.
+    """What this rank's tokens get from their experts: the sum of w[e] * x over a token's experts e.
 
-    given = rows, choices: the numbers of this rank's tokens, and for every rank and each of its
-    tokens the experts it chose. Experts 2r and 2r + 1 are on rank r: only there may (e + 1) * x be
-    computed.
+    given = rows, choices, w: the numbers of this rank's tokens; for every rank and each of its tokens
+    the experts it chose; and w[e] of the experts e that this rank holds, 2r and 2r + 1 on rank r.
     Target: a token goes once to each other rank that has some of its experts, and one answer comes back.
     """
-    rows, choices = given
+    rows, choices, w = given
     x = torch.tensor(rows)
     everyone = comm.all_gather(x)  # MEND (about 14 lines): all ranks get all tokens, and all results
     total = torch.zeros_like(everyone)
     for number, experts in enumerate(experts for rank in choices for experts in rank):
         for expert in experts:
-            if expert // 2 == comm.rank:
-                total[number] += (expert + 1) * everyone[number]
+            if expert in w:
+                total[number] += w[expert] * everyone[number]
     return comm.all_reduce(total).chunk(comm.size)[comm.rank]
 ''',
     solution='''\
 def mixture(comm, given):
     """One all-to-all takes the tokens out, one brings the answers back."""
-    rows, choices = given
+    rows, choices, w = given
     x = torch.tensor(rows)
 
     def asked(source, to):
-        """The tokens of a rank that have experts on another one, and the sum of what those multiply by."""
-        sums = [sum(e + 1 for e in experts if e // 2 == to) for experts in choices[source]]
-        return [(token, factor) for token, factor in enumerate(sums) if factor]
+        """The tokens of a rank that have experts on another one, and which."""
+        there = [[e for e in experts if e // 2 == to] for experts in choices[source]]
+        return [(token, held) for token, held in enumerate(there) if held]
 
     going = [asked(comm.rank, other) for other in range(comm.size)]
     coming = [asked(other, comm.rank) for other in range(comm.size)]
     send, recv = [len(each) for each in going], [len(each) for each in coming]
     tokens = torch.tensor([token for each in going for token, _ in each])
-    factors = torch.tensor([float(factor) for each in coming for _, factor in each])
+    factors = torch.tensor([sum(w[e] for e in held) for each in coming for _, held in each])
     came = comm.all_to_all(x[tokens], send, recv)
     back = comm.all_to_all(came * factors[:, None], recv, send)
     return torch.zeros_like(x).index_add_(0, tokens, back)
