@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from minillm import Ranks  # noqa: E402
+
+settings.register_profile("minillm", deadline=None)  # machines are busy; figures of speed are in bench/
+settings.load_profile("minillm")
 
 
 @pytest.fixture(scope="session")
