@@ -148,6 +148,9 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument("--chunked-prefill", action=switch, default=True, help="prompts are cut to the step's budget")
     options.add_argument("--preemption", action=switch, default=True, help="blocks may be taken back")
     options.add_argument("--prefix-reuse", action=switch, default=prefix_reuse, help="equal beginnings share blocks")
+    options.add_argument(
+        "--ring-prefill", action=switch, default=False, help="with cp: keys of prompts travel, not queries"
+    )
 
 
 def _served(options: argparse.Namespace) -> Any:

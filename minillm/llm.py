@@ -69,8 +69,6 @@ class LLM(Session):
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
-        if self.layout.cp > 1:
-            raise ValueError(f"layout {str(self.layout)!r}: cp is not built yet; use dp, pp, tp and ep")
         self.router = router
         make_router(router, self.layout.dp)
         self.device = choose_device(device)
@@ -217,7 +215,8 @@ class LLM(Session):
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
         with recorder.span(Kind.PREFILL, "score", tokens=len(token_ids)):
-            return self.instance.ranks.run(score, self.instance.name, token_ids)[-1]
+            told = self.instance.ranks.run(score, self.instance.name, token_ids)
+            return next(logits for logits in told if logits is not None)
 
     def _new_recorder(self, **options: Any) -> Recorder:
         """A recorder that says what runs here, and on what."""

@@ -120,7 +120,7 @@ class Engine:
                 request.life.note(Event.STARTED, now)
         self._note_cache()
         draws = tuple(self._draws(chunk) for chunk in batch.chunks if chunk.samples)
-        return Work(self.steps, batch, draws, self.scheduler.pool.num_used)
+        return Work(self.steps, batch, draws, self.scheduler.pool.used_on(self.runner.spread))
 
     def postprocess(self, batch: Batch, tokens: list[list[int]]) -> list[Piece]:
         """Hand every request its token; those that finished leave their blocks."""
@@ -165,7 +165,7 @@ class Engine:
             twin.life.moments = list(request.life.moments)
 
     def _note_cache(self) -> None:
-        self.runner.note_cache(self.scheduler.pool.num_used)
+        self.runner.note_cache(self.scheduler.pool.used_on(self.runner.spread))
 
     def _enter(self, request: Request) -> None:
         self.requests[request.request_id] = request

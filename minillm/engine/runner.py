@@ -26,13 +26,13 @@ GPU_CACHE_SHARE = 0.8
 @dataclass(frozen=True)
 class Work:
     """One step for a runner: the batch, how the next token of each row that samples is drawn (`sampling.draw`), and how
-    many blocks of the KV cache are in use. Where replicas share experts, `tokens` says how many each has in this step.
+    many blocks of the KV cache are in use on each of the ranks that share them. Where replicas share experts, `tokens` says how many each has in this step.
     """
 
     step: int
     batch: Batch
     draws: tuple[tuple[Draw, ...], ...]
-    used_blocks: int
+    used_blocks: tuple[int, ...]
     tokens: tuple[int, ...] = ()
 
     def by_chunk(self, drawn: Sequence[list[int]]) -> list[list[int]]:
@@ -44,11 +44,13 @@ class Work:
 class Runner(Protocol):
     """Runs works in order: `start` takes one, `finish` returns the tokens of the oldest, as `sampling.draw` does.
 
-    `depth` is how many may be started before one must be finished; `num_blocks` is what the KV cache has room for.
+    `depth` is how many may be started before one must be finished; `num_blocks` is what the KV cache has room for, of which
+    block b lies on the b mod `spread`-th of the ranks that share them.
     """
 
     depth: int
     num_blocks: int
+    spread: int
 
     @property
     def recorder(self) -> Recorder: ...
@@ -60,7 +62,7 @@ class Runner(Protocol):
 
     def finish(self) -> list[list[int]]: ...
 
-    def note_cache(self, used_blocks: int) -> None:
+    def note_cache(self, used_blocks: tuple[int, ...]) -> None:
         """So many blocks of the cache are in use from now on."""
 
     def record(self, recorder: Recorder) -> None:
@@ -70,7 +72,7 @@ class Runner(Protocol):
 class LocalRunner:
     """One decoder and its KV cache, in this process: one batch at a time."""
 
-    depth = 1
+    depth, spread = 1, 1
 
     def __init__(self, model: Decoder, options: EngineOptions) -> None:
         self.model = model
@@ -103,9 +105,9 @@ class LocalRunner:
             self.cache.copy(batch.copies)
             return draw(self.compute(batch), self.work.draws)
 
-    def note_cache(self, used_blocks: int) -> None:
+    def note_cache(self, used_blocks: tuple[int, ...]) -> None:
         """The blocks in use, in bytes. The pool behind them is `cache.bytes`, in use or not."""
-        self.recorder.memory(Category.KV_CACHE, used_blocks * self.cache.block_bytes)
+        self.recorder.memory(Category.KV_CACHE, used_blocks[0] * self.cache.block_bytes)
 
     def compute(self, batch: Batch) -> torch.Tensor:
         """Logits of the rows that sample; with the peak of its activations, where the recorder wants it."""

@@ -99,6 +99,10 @@ class Step:
             parts = Parts.of(rows, chunks, block_size, cos.device)
         return cls(cos, sin, blocks, offsets, prompts, parts, reference)
 
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PagedCache) -> torch.Tensor:
+        """`attention`, by this step."""
+        return attention(layer, q, k, v, self, cache)
+
 
 def attention(
     layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, cache: PagedCache

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from minillm.kv.paged import PagedCache
-from minillm.model.attention import Step, attention
+from minillm.model.attention import Step
 from minillm.model.config import ModelConfig
 from minillm.model.linear import Linear
 from minillm.model.mlp import MLP
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # each [tokens, its heads, head_dim]
         q, k = rotate(self.q_norm(q), step.cos, step.sin), rotate(self.k_norm(k), step.cos, step.sin)
-        return self.o_proj(attention(self.layer, q, k, v, step, cache).view(tokens, -1))
+        return self.o_proj(step.attend(self.layer, q, k, v, cache).view(tokens, -1))
 
 
 class Layer(nn.Module):

@@ -44,6 +44,8 @@ class Layout:
         for stage, layers in enumerate(self.stages):
             if not _is_size(layers):
                 raise ValueError(f"layout: stage {stage} has {layers!r} layers; give every stage at least one")
+        if self.cp > 1 and self.ep > 1:
+            raise ValueError(f"layout: cp={self.cp} with ep={self.ep} is not built; leave one of them out")
         if self.ep not in (1, self.dp * self.tp):
             raise ValueError(
                 f"layout: ep={self.ep} must be 1 or dp·tp = {self.dp * self.tp}; experts lie over the dp·tp ranks of a stage: "
@@ -115,9 +117,9 @@ class Layout:
 
     def along(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` in their place on this axis alone, itself among them, in order. Along "ep" they are
-        all that share a stage's experts: they differ in dp and tp.
+        all that share a stage's experts: they differ in dp and tp; along "stage" all that share a stage of a replica: in cp and tp.
         """
-        moving = ("dp", "tp") if axis == "ep" else (axis,)
+        moving = {"ep": ("dp", "tp"), "stage": ("cp", "tp")}.get(axis, (axis,))
         fixed = {other: place for other, place in self.coordinates(rank).items() if other not in moving}
         return tuple(other for other in range(self.world_size) if fixed.items() <= self.coordinates(other).items())
 

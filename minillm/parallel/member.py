@@ -25,11 +25,13 @@ from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.moe import Tally
 from minillm.model.tokenizer import Tokenizer
+from minillm.parallel.context import ContextGroup
 from minillm.parallel.layout import Layout
 from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.messages import Loaded, Message, Recording, Seen, Told, Turn
-from minillm.parallel.pipeline import Pipe, Stage
+from minillm.parallel.pipe import Pipe
+from minillm.parallel.pipeline import Stage
 from minillm.parallel.rebalance import rebalance
 from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
@@ -78,12 +80,15 @@ def load(
     mesh = DeviceMesh(layout, here)
     check_alike(mesh.all(), folder, dtype)
     pipe = Pipe(
-        mesh.comm("pp"), mesh.comm("pp", host=True), mesh.comm("tp", host=True)
+        mesh.comm("pp"), mesh.comm("pp", host=True), mesh.comm("stage", host=True)
     )  # while all are there: reading takes long
     if layout.ep > 1:
         pipe.leaders = mesh.comm("dp", host=True)
+    cp = mesh.comm("cp") if layout.cp > 1 else None
     part = load_part(folder, mesh, pipe.wire, dtype, shared)
     pipe.tensor, pipe.experts = part.tensor, part.experts
+    if cp is not None:
+        pipe.context = ContextGroup(cp, part.tensor, pipe.wire)
     for layer in part.model.layers:  # a long prompt is no fault
         layer.register_forward_hook(lambda *_: here.tick())
     here.held[instance] = Member(
@@ -106,6 +111,7 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     num_blocks = int(member.everyone.all_gather(torch.tensor([mine])).min())
     model = member.model
     cache = PagedCache(model.config, num_blocks, options.block_size, model.device, model.dtype)
+    num_blocks *= member.pipe.spread
     seat = member.seats[engine] = Seat(Stage(model, cache, member.pipe), options)
     if member.pipe.stage == 0 and member.pipe.leads:
         runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
@@ -126,6 +132,8 @@ def serve(instance: str, engine: int, recording: Recording) -> None:
         member.pipe.tensor.chunks = seat.options.sum_chunks
     if member.pipe.experts is not None:
         member.pipe.experts.options = seat.options
+    if member.pipe.context is not None:
+        member.pipe.context.options = seat.options
     _record(seat, here, recording)
     baton: AbstractContextManager[Any] = Baton(recording.baton) if recording.baton else nullcontext()
     seat.stage.hold(baton)
@@ -145,9 +153,11 @@ def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
     """The logits after each token of a text [tokens, vocab], from the last stage; None from the others."""
     member = _member(instance)
     model, pipe = member.model, member.pipe
-    cache = PagedCache(model.config, 1, len(token_ids), model.device, model.dtype)
-    batch = Batch((Chunk(0, 0, tuple(token_ids), (0,)),))
+    cache = PagedCache(model.config, 1, -(-len(token_ids) // pipe.spread), model.device, model.dtype)
+    batch = Batch((Chunk(0, 0, tuple(token_ids), tuple(range(pipe.spread))),))
     with torch.inference_mode():
+        if pipe.context is not None:
+            return _score_with(pipe.context, pipe, model, batch, cache)
         if pipe.stage == 0:
             x = model.embed(batch)
         else:
@@ -163,6 +173,23 @@ def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
             return pipe.tensor.whole(logits) if pipe.tensor else logits
         pipe.hidden.send(x, pipe.stage + 1)
         return None
+
+
+def _score_with(
+    spread: ContextGroup, pipe: Pipe, model: Decoder, batch: Batch, cache: PagedCache
+) -> torch.Tensor | None:
+    """`score` where several ranks share the KV cache."""
+    x, rows = None, len(spread.own(batch, cache.block_size))
+    if pipe.stage > 0:
+        room = torch.empty(rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        x = pipe.hidden.recv(room, pipe.stage - 1) if rows else room
+    last = pipe.stage == pipe.last
+    out = spread.forward(model, x, batch, cache, range(len(batch.token_ids)) if last else ())
+    if last:
+        return (pipe.tensor.whole(out) if pipe.tensor else out) if pipe.draws else None
+    if rows:
+        pipe.hidden.send(out, pipe.stage + 1)
+    return None
 
 
 def choices(instance: str, clear: bool) -> Tally | None:

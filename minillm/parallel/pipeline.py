@@ -13,7 +13,7 @@ import pickle
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,11 +23,9 @@ from minillm.kv.paged import PagedCache
 from minillm.model.cost import Cost, block_costs, head_cost
 from minillm.model.decoder import Decoder
 from minillm.model.sampling import draw
-from minillm.parallel.expert import ExpertGroup
+from minillm.parallel.pipe import Pipe
 from minillm.parallel.rebalance import rebalance
 from minillm.parallel.shards import Shard
-from minillm.parallel.tensor import TensorGroup
-from minillm.parallel.wire import Wire
 from minillm.ranks.comm import Comm
 from minillm.ranks.transfers import Transfer
 from minillm.trace.recorder import Recorder
@@ -55,38 +53,6 @@ def cut_to_stage(model: Decoder, shard: Shard) -> None:
     if not shard.last_stage:
         model.norm, model.lm_head = Elsewhere(), Elsewhere()  # type: ignore[assignment]
     model.config = model.config.of_layers(shard.layers)
-
-
-@dataclass
-class Pipe:
-    """What connects a rank with the others of its instance. Along the line of stages `hidden` carries hidden states from
-    device to device, and `notes` what the hosts tell each other; ranks within it are stages. `tensor` are the ranks that
-    share this stage's layers, if there are others; `orders` is how their first one tells them what to do. `experts` are the
-    ranks that share this stage's experts, if they are shared out; then the `leaders` of all replicas step together.
-    """
-
-    hidden: Comm
-    notes: Comm
-    orders: Comm
-    tensor: TensorGroup | None = None
-    experts: ExpertGroup | None = None
-    leaders: Comm | None = None
-    wire: Wire = field(default_factory=Wire)
-
-    @property
-    def stage(self) -> int:
-        """Which one this rank is in."""
-        return self.hidden.rank
-
-    @property
-    def last(self) -> int:
-        """The number of the last one."""
-        return self.hidden.size - 1
-
-    @property
-    def leads(self) -> bool:
-        """Whether it is the first of those that share its stage's layers."""
-        return self.orders.rank == 0
 
 
 class Stage:
@@ -129,7 +95,7 @@ class Stage:
                 note = self.expect_note()
             work, transfer = coming.popleft()
             x = self.receive(transfer, "hidden states", work.step) if transfer is not None else None
-            self.recorder.memory(Category.KV_CACHE, work.used_blocks * self.cache.block_bytes)
+            self.recorder.memory(Category.KV_CACHE, work.used_blocks[self.pipe.place] * self.cache.block_bytes)
             self.pass_on(work, self.compute(work, x))
 
     def compute(self, work: Work, x: torch.Tensor | None) -> torch.Tensor:
@@ -147,10 +113,11 @@ class Stage:
             costs=self._costs(work),
         )
         with self.baton, span, torch.inference_mode():
-            self.cache.copy(work.batch.copies)
+            self._copy(work.batch.copies)
             out = with_peak(self.recorder, lambda: self._forward(work, x), self.model.device)
             if last:
-                drawn = (tensor.draw if tensor else draw)(out, work.draws) if work.draws else []
+                draws = work.draws if self.pipe.draws else ()
+                drawn = (tensor.draw if tensor else draw)(out, draws) if draws else []
                 out = torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
             elif self.model.device.type == "cuda" and self.recorder.timing:
                 torch.cuda.current_stream().synchronize()  # so that the span is as long as the work
@@ -166,7 +133,18 @@ class Stage:
             span.sent = rebalance(self.model, experts, experts.options.redundant_experts)
         self.recorder.memory(Category.WEIGHTS, weight_bytes(self.model))
 
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        if self.pipe.context is not None:
+            self.pipe.context.copy(self.cache, pairs)
+        else:
+            self.cache.copy(pairs)
+
     def _forward(self, work: Work, x: torch.Tensor | None) -> torch.Tensor:
+        if self.pipe.context is not None:
+            last = self.pipe.stage == self.pipe.last and bool(work.draws)
+            return self.pipe.context.forward(
+                self.model, x, work.batch, self.cache, work.batch.sampling_rows if last else ()
+            )
         if x is None:
             x = self.model.embed(work.batch) if work.batch.chunks else self._nothing(0)
         if self.pipe.experts is not None:
@@ -192,6 +170,8 @@ class Stage:
         config, size, tensor, last = self.model.config, self.model.dtype.itemsize, self.pipe.tensor, self.pipe.last
         head = [head_cost(config, work.batch, size)] * (self.pipe.stage == last)
         embedding = [Cost()] * (self.pipe.stage == 0 and tensor is not None and bool(work.batch.chunks))
+        if self.pipe.context is not None:
+            return self.pipe.context.price(head)
         if self.pipe.experts is not None:
             return self.pipe.experts.price(embedding, head)
         if tensor is None:
@@ -206,6 +186,8 @@ class Stage:
     def expect_hidden(self, work: Work) -> Transfer:
         """Start to receive what the stage before has computed of a batch."""
         tokens = sum(len(chunk.token_ids) for chunk in work.batch.chunks)
+        if self.pipe.context is not None:
+            tokens = len(self.pipe.context.own(work.batch, self.cache.block_size))
         return self.pipe.hidden.irecv(self._nothing(tokens), self.pipe.stage - 1)
 
     def _nothing(self, tokens: int) -> torch.Tensor:

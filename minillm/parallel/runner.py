@@ -29,6 +29,7 @@ class PipelineRunner:
 
     def __init__(self, stage: Stage, num_blocks: int, depth: int) -> None:
         self.stage, self.num_blocks, self.depth = stage, num_blocks, depth
+        self.spread = stage.pipe.spread
         self.steps = 0  # of all replicas that share experts
         self._under_way: deque[tuple[Work, Transfer | torch.Tensor]] = deque()
 
@@ -88,9 +89,9 @@ class PipelineRunner:
         self.stage.pass_note(None)
         self.stage.settle()
 
-    def note_cache(self, used_blocks: int) -> None:
+    def note_cache(self, used_blocks: tuple[int, ...]) -> None:
         """The blocks in use, in bytes on this rank."""
-        self.recorder.memory(Category.KV_CACHE, used_blocks * self.stage.cache.block_bytes)
+        self.recorder.memory(Category.KV_CACHE, used_blocks[0] * self.stage.cache.block_bytes)
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have what happens on this rank from now on."""

@@ -44,6 +44,12 @@ class BlockPool:
         """Blocks that somebody holds."""
         return self.num_blocks - self.num_free
 
+    def used_on(self, ranks: int) -> tuple[int, ...]:
+        """`num_used`, rank by rank, where block b lies on rank b mod `ranks`."""
+        if ranks == 1:
+            return (self.num_used,)
+        return tuple(sum(count > 0 for count in self.references[rank::ranks]) for rank in range(ranks))
+
     @property
     def kept(self) -> list[int]:
         """Free blocks whose content is kept, the next to go first."""

@@ -21,7 +21,8 @@ class EngineOptions:
     `chunked_prefill` cuts prompts to the step's token budget (off: a prompt runs whole, even one above the budget);
     `preemption` lets a request start with the blocks of its prompt, and takes them back when the pool runs out (off: each
     request reserves the blocks of its longest length before it starts); `prefix_reuse` keeps the blocks of finished
-    requests for prompts that begin alike. Raises `ValueError` for values outside their ranges.
+    requests for prompts that begin alike; where ranks share the KV cache of a sequence, `ring_prefill` lets the keys of prompts
+    travel round them (off: queries travel, as they do for single tokens). Raises `ValueError` for values outside their ranges.
     """
 
     block_size: int = 16
@@ -37,6 +38,7 @@ class EngineOptions:
     chunked_prefill: bool = True
     preemption: bool = True
     prefix_reuse: bool = False
+    ring_prefill: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

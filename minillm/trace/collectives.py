@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 from minillm.hardware.devices import Link
 
-UNEVEN = ("dispatch", "combine", "rebalance")  # tokens to their experts and back; experts to new ranks
+UNEVEN = (
+    "dispatch", "combine", "rebalance",  # tokens to their experts and back; experts to new ranks
+    "queries", "answers", "blocks", "last hidden states",  # to the ranks of a sequence's blocks and back; blocks to new ranks
+)  # fmt: skip
 
 
 def collective_time_s(name: str, size: int, message_bytes: float, link: Link) -> float:
@@ -31,7 +34,7 @@ def collective_time_s(name: str, size: int, message_bytes: float, link: Link) ->
         "broadcast": (rounds, message_bytes),
         "barrier": (rounds, 0),
     }
-    each |= dict.fromkeys(UNEVEN, (size - 1, message_bytes / (size - 1)))
+    each |= dict.fromkeys(UNEVEN, (size - 1, message_bytes / (size - 1))) | {"keys": (1, message_bytes)}
     if name not in each:
         raise ValueError(f"there is no formula for {name!r}; there are ones for {', '.join(each)}")
     times, part = each[name]

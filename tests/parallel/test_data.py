@@ -349,7 +349,6 @@ def test_refusals(folder: Path, ranks2: Ranks) -> None:
             "has 2 replicas, each on ranks of its own, but there are 1",
         ),
         ({"layout": "dp=0"}, "dp=0; give a whole number of data parallel replicas from 1"),
-        ({"layout": "dp=2,cp=2"}, "cp is not built yet"),
         ({"layout": "dp=2,ep=2"}, "needs a mixture of experts"),
     ):
         with pytest.raises(ValueError) as error:

@@ -190,7 +190,6 @@ def test_no_rank_outlives_its_llm(folder: Path) -> None:
         ("pp=1+1+1", "the nearest that fits is 'pp=1+1+4'"),
         ("pp=3,pp=3", "pp stands twice"),
         ("pp=2+x", "'pp=2+x' is not understood"),
-        ("cp=2", "layout 'cp=2': cp is not built yet"),
     ],
 )
 def test_layouts_that_cannot_be(folder: Path, layout: str, text: str) -> None:
