@@ -7,10 +7,28 @@ from itertools import accumulate
 
 
 @dataclass(frozen=True)
+class Away:
+    """Blocks of a sequence that lie at another instance, its `creditor`, in order."""
+
+    creditor: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Full blocks of a sequence that change places before a pass: `blocks` here go to `away` or, with `home`, come back."""
+
+    blocks: tuple[int, ...]
+    away: Away
+    home: bool = False
+
+
+@dataclass(frozen=True)
 class Chunk:
     """The new tokens of one sequence: `start` tokens of it are in the KV cache already, in the blocks of `block_table`.
 
-    `samples` says whether the chunk reaches the sequence's end, so that its last token gives the next one.
+    `samples` says whether the chunk reaches the sequence's end, so that its last token gives the next one. The sequence's first
+    blocks may be `away`; the block table has -1 for them.
     """
 
     request_id: int
@@ -18,6 +36,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     samples: bool = True
+    away: tuple[Away, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a chunk has at least one token"
@@ -37,12 +56,15 @@ class Chunk:
 class Batch:
     """Chunks of different sequences, prefill and decode mixed as they come.
 
-    `copies` are blocks (from, to) to copy before the pass; `preempted` are requests that lost their blocks for it.
+    `copies` are blocks (from, to) to copy before the pass, after `moves` to and from other instances; `preempted` are requests that
+    lost their blocks for it. Before anything else it is `over` with these instances: what they had here has been taken back.
     """
 
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
     preempted: tuple[int, ...] = ()
+    moves: tuple[Move, ...] = ()
+    over: tuple[int, ...] = ()
 
     def split(self, tokens: int) -> tuple[Batch, Batch]:
         """The first so many tokens, and the rest; a chunk that is cut is two, of which the second follows the first."""

@@ -11,6 +11,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from minillm.policy.batch import Away, Move
+
+AWAY = -1  # in a block table: this block lies at another instance
+
 
 class OutOfBlocks(Exception):
     """Every block of the pool is held by somebody."""
@@ -33,6 +37,7 @@ class BlockPool:
         self._kept: OrderedDict[int, None] = OrderedDict()  # free blocks with a key, the least recently used first
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self.returned: list[Away] = []  # blocks at other instances that nobody here needs any more
 
     @property
     def num_free(self) -> int:
@@ -111,11 +116,15 @@ def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class BlockTable:
-    """The blocks of one sequence, in order. Position p lies in block `blocks[p // block_size]`."""
+    """The blocks of one sequence, in order. Position p lies in block `blocks[p // block_size]`, unless that is `AWAY`: the first
+    blocks may lie at other instances, in order in `away`. More are `reserved` there for those that follow.
+    """
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.blocks: list[int] = []
+        self.away: list[Away] = []
+        self.reserved: list[Away] = []
         self._keys: list[bytes] = []  # of the sequence's full blocks, as far as they were asked for
         self._findable = 0  # blocks at the front that others may find
 
@@ -162,8 +171,58 @@ class BlockTable:
             self.pool.remember(self.blocks[self._findable], self._key(self._findable, tokens))
             self._findable += 1
 
+    @property
+    def num_away(self) -> int:
+        """Blocks that lie at other instances."""
+        return sum(len(each.blocks) for each in self.away)
+
+    @property
+    def num_reserved(self) -> int:
+        """Blocks that other instances keep free for this sequence."""
+        return sum(len(each.blocks) for each in self.reserved)
+
+    def movable(self, computed: int) -> int:
+        """How many of the next blocks after those that are away may go too: full, computed, held by this sequence alone."""
+        first = self.num_away
+        full = computed // self.pool.block_size
+        alone = (self.pool.references[block] == 1 for block in self.blocks[first:full])
+        return next((count for count, each in enumerate(alone) if not each), max(0, full - first))
+
+    def lend(self, count: int) -> list[Move]:
+        """Move the next `count` blocks to where they are reserved; here they are free."""
+        moves = []
+        while count > 0:
+            room, first = self.reserved[0], self.num_away
+            some = min(count, len(room.blocks))
+            mine = tuple(self.blocks[first : first + some])
+            away = Away(room.creditor, room.blocks[:some])
+            self.reserved[:1] = [Away(room.creditor, room.blocks[some:])] if some < len(room.blocks) else []
+            self.blocks[first : first + some] = [AWAY] * some
+            self.away.append(away)
+            moves.append(Move(mine, away))
+            count -= some
+        for move in moves:
+            for block in reversed(move.blocks):
+                self.pool.release(block)
+        return moves
+
+    def bring_home(self) -> list[Move]:
+        """Move all that is away into blocks of this pool, and let go of what is reserved. Raises `OutOfBlocks`, with nothing moved."""
+        if self.num_away > self.pool.num_free:
+            raise OutOfBlocks
+        moves, place = [], 0
+        for away in self.away:
+            mine = tuple(self.pool.take() for _ in away.blocks)
+            self.blocks[place : place + len(mine)] = mine
+            moves.append(Move(mine, away, home=True))
+            place += len(mine)
+        self.pool.returned += self.away + self.reserved
+        self.away, self.reserved = [], []
+        return moves
+
     def fork(self) -> BlockTable:
-        """A second holder of the same blocks."""
+        """A second holder of the same blocks, of which none is away."""
+        assert not self.away
         twin = BlockTable(self.pool)
         twin.blocks, twin._keys, twin._findable = list(self.blocks), list(self._keys), self._findable
         for block in twin.blocks:
@@ -173,8 +232,10 @@ class BlockTable:
     def free(self) -> None:
         """Let go of every block; the last first, so that of a kept prefix the end goes before the beginning."""
         for block in reversed(self.blocks):
-            self.pool.release(block)
-        self.blocks, self._findable = [], 0
+            if block != AWAY:
+                self.pool.release(block)
+        self.pool.returned += self.away + self.reserved
+        self.blocks, self.away, self.reserved, self._findable = [], [], [], 0
 
     def _key(self, place: int, tokens: Sequence[int]) -> bytes:
         """The key of a full block; worked out once, because tokens are only ever added at the end."""

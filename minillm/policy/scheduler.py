@@ -7,7 +7,7 @@ Sarathi-Serve, Agrawal et al. 2024, section 4.2.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool, BlockTable
@@ -34,6 +34,8 @@ class Scheduler:
         self.waiting: list[ScheduledRequest] = []
         self.running: list[ScheduledRequest] = []
         self.requests: dict[int, ScheduledRequest] = {}
+        self.beyond = 0  # blocks that other instances lend at most
+        self.may_start: Callable[[ScheduledRequest], bool] = lambda request: True
 
     def add(self, request: ScheduledRequest) -> None:
         """Let a request wait. Raises `ValueError` for an id in use, and for a request that can never run."""
@@ -45,14 +47,24 @@ class Scheduler:
         """Raise `ValueError` for what `add` would refuse."""
         if request.request_id in self.requests:
             raise ValueError(f"there is a request {request.request_id} already: give another id")
-        most = self.pool.num_blocks * self.pool.block_size
+        most = (self.pool.num_blocks + self.beyond) * self.pool.block_size
         if request.most_cached > most:
+            lent = f", and {self.beyond} that others may lend" * bool(self.beyond)
             raise ValueError(
                 f"a request may need room for {request.most_cached} tokens, but the KV cache has room for {most} in all "
-                f"({self.pool.num_blocks} blocks of {self.pool.block_size}): shorten it, lower max_tokens, or raise "
+                f"({self.pool.num_blocks} blocks of {self.pool.block_size}{lent}): shorten it, lower max_tokens, or raise "
                 f"num_blocks"
             )
+        if self.outgrows(request) and request.samples > 1:
+            raise ValueError(
+                f"a request for n={request.samples} samples may need {request.most_cached} tokens, more than the "
+                f"{self.pool.num_blocks} blocks here: such a one borrows for one sample alone"
+            )
         self.check_samples(request.samples, request.most_cached)
+
+    def outgrows(self, request: ScheduledRequest) -> bool:
+        """Whether the request may grow longer than this whole pool, so that it has to borrow."""
+        return self.pool.blocks_for(request.most_cached) > self.pool.num_blocks
 
     def check_samples(self, samples: int, most_cached: int = 1) -> None:
         """Raise `ValueError` when so many samples of one prompt can never run together."""
@@ -88,9 +100,10 @@ class Scheduler:
                 continue
             assert request.table is not None
             request.table.remember(request.tokens, request.computed)
-            if chunk.samples:
-                assert token is not None
+            if chunk.samples and token is not None:
                 request.tokens.append(token)
+            elif chunk.samples:  # what it had at another instance is lost
+                self.preempt(request)
 
     def recover(self) -> frozenset[int]:
         """No batch that is under way will come back: its requests start again. Returns their ids."""
@@ -101,7 +114,7 @@ class Scheduler:
             if request.status is Status.GONE:
                 self._let_go(request)
             elif request.status is Status.RUNNING:
-                self._preempt(request)
+                self.preempt(request)
         return frozenset(request.request_id for request in lost)
 
     def fork(self, request_id: int, twin: ScheduledRequest) -> None:
@@ -155,15 +168,15 @@ class Scheduler:
 
     def _continue(self, request: ScheduledRequest, step: _Step) -> None:
         """Give a running request its next tokens, if there are blocks for them."""
-        count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
         table = request.table
         assert table is not None
+        count = self._part(request, step)
         start = request.computed + request.in_flight
         while table.missing(start, start + count) > self.pool.num_free:
             victim = self._victim()
             if victim is None or (victim is request and request.remaining > 1 and step.chunks):
                 return  # a prompt begun waits for those that decode, and keeps what it has
-            self._preempt(victim)
+            self.preempt(victim)
             step.preempted.append(victim.request_id)
             if victim is request:
                 return
@@ -174,11 +187,14 @@ class Scheduler:
         self.waiting.sort(key=lambda request: self.order(request, now_s))
         while self.waiting and (step.has_place or not self.options.continuous):
             request = self.waiting[0]
+            if not self.may_start(request):
+                return
             if sum(each.samples for each in self.running) + request.samples > self.options.max_running:
                 return
             request.table = request.table or BlockTable(self.pool)
-            request.computed = request.reused = request.table.reuse(request.tokens)
-            count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
+            if not request.table.reserved:
+                request.computed = request.reused = request.table.reuse(request.tokens)
+            count = self._part(request, step)
             whole_and_more = not self.options.chunked_prefill and count > step.budget and step.has_prompt
             if whole_and_more or not self._has_room(request):
                 request.table.free()
@@ -189,9 +205,21 @@ class Scheduler:
             if count > 0:
                 step.take(request, count)
 
+    def _part(self, request: ScheduledRequest, step: _Step) -> int:
+        """How many of its tokens a request may put into the step: of one that outgrows the pool as many as have room here now."""
+        count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
+        if not self.outgrows(request):
+            return count
+        assert request.table is not None
+        start = request.computed + request.in_flight
+        room = (len(request.table.blocks) + self.pool.num_free) * self.pool.block_size - start
+        return min(count, max(1, room))
+
     def _has_room(self, request: ScheduledRequest) -> bool:
         """Whether the blocks suffice to start: for all tokens it has now, or, without preemption, will ever have."""
         assert request.table is not None
+        if self.outgrows(request):
+            return max(1, self.pool.blocks_for(request.most_cached) - request.table.num_reserved) <= self.pool.num_free
         if self.options.preemption and (self.options.continuous or not self.running):
             return request.table.missing(request.computed, len(request.tokens)) <= self.pool.num_free
         claims = sum(each.samples * self._claim(each) for each in [*self.running, request])
@@ -205,8 +233,8 @@ class Scheduler:
         """The last in order, unless it is in a batch under way: then its turn comes when it is back."""
         return self.running[-1] if not self.running[-1].in_flight else None
 
-    def _preempt(self, request: ScheduledRequest) -> None:
-        """Take a request's blocks; it will be computed again (recomputation, vLLM section 4.5)."""
+    def preempt(self, request: ScheduledRequest) -> None:
+        """Take the blocks of a running request that is in no batch under way; it will be computed again (recomputation, vLLM section 4.5)."""
         assert request.table is not None
         request.table.free()
         request.computed, request.status = 0, Status.WAITING
@@ -244,7 +272,8 @@ class _Step:
         assert request.table is not None
         self.copies += request.table.write(start, end)
         tokens, table = tuple(request.tokens[start:end]), tuple(request.table.blocks)
-        self.chunks.append(Chunk(request.request_id, start, tokens, table, samples=end == len(request.tokens)))
+        away, samples = tuple(request.table.away), end == len(request.tokens)
+        self.chunks.append(Chunk(request.request_id, start, tokens, table, samples, away))
         request.in_flight += count
         self.budget -= count
         self.has_prompt |= count > 1
