@@ -151,6 +151,14 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument(
         "--ring-prefill", action=switch, default=False, help="with cp: keys of prompts travel, not queries"
     )
+    options.add_argument(
+        "--borrowing", action=switch, default=False, help="replicas borrow blocks of each other's KV caches"
+    )
+    options.add_argument("--on-demand", action=switch, default=True, help="they do when they run out, not by plan")
+    options.add_argument(
+        "--most-lent", type=int, metavar="N", help="blocks that each lends (default: all that are free)"
+    )
+    options.add_argument("--move-blocks", type=int, default=1, metavar="N", help="of a request in a step (default 1)")
 
 
 def _served(options: argparse.Namespace) -> Any:

@@ -66,6 +66,7 @@ class LLM(Session):
         super().__init__()
         self.options = _options(options)
         self.layout = Layout.parse(layout)
+        _check_borrowing(self.options, self.layout)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
@@ -152,6 +153,7 @@ class LLM(Session):
         twin.options, twin.trace, twin._started, twin._owns = _options(options or self.options), Trace(), [], False
         twin.router = router or self.router
         make_router(twin.router, twin.layout.dp)
+        _check_borrowing(twin.options, twin.layout)
         twin._check_open()
         return twin
 
@@ -245,6 +247,15 @@ def _options(options: EngineOptions | None) -> EngineOptions:
     if not isinstance(options, EngineOptions | None):
         raise ValueError(f"options={options!r}: write options=EngineOptions(max_running=…)")
     return options or EngineOptions()
+
+
+def _check_borrowing(options: EngineOptions, layout: Layout) -> None:
+    """Raise `ValueError` for instances that cannot borrow of each other."""
+    if options.borrowing and (layout.instances == 1 or layout.cp > 1):
+        why = "shares its KV cache by cp already" if layout.cp > 1 else "has one instance"
+        raise ValueError(
+            f"borrowing=True: layout {str(layout)!r} {why}; give one with several instances, such as 'dp=2'"
+        )
 
 
 def _refuse_ranks(ranks: Ranks | Sequence[Ranks] | None) -> None:

@@ -76,6 +76,28 @@ def partial_attention(
     return Partial(*by_token)
 
 
+def paged_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
+) -> Partial:
+    """One query of each of several sequences, to keys that lie in blocks.
+
+    q [sequences, heads, head_dim], keys and values [blocks of the pool, kv_heads, block_size, head_dim], `tables`
+    [sequences, most blocks] (any block where a sequence has fewer), `lengths` [sequences] says how many keys each has there.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads, block_size = keys.shape[1], keys.shape[2]
+    most = tables.shape[1] * block_size
+    near, far = (pool[tables].transpose(1, 2).reshape(rows, kv_heads, most, head_dim) for pool in (keys, values))
+    grouped = (q * head_dim**-0.5).view(rows, kv_heads, heads // kv_heads, head_dim)
+    scores = (grouped @ near.transpose(-1, -2)).to(wide(q.dtype))  # [rows, kv_heads, group, most]
+    past = torch.arange(most, device=q.device) >= lengths[:, None]
+    scores = scores.masked_fill(past[:, None, None], -torch.inf)
+    m = scores.amax(-1)
+    weights = torch.exp(scores - m.masked_fill(m == -torch.inf, 0.0)[..., None])
+    o = (weights.to(q.dtype) @ far).to(scores.dtype)
+    return Partial(o.view(rows, heads, head_dim), m.view(rows, heads), weights.sum(-1).view(rows, heads))
+
+
 def merge_all(parts: Iterable[Partial]) -> Partial:
     """Attention to the keys of all parts, of which there is at least one."""
     return reduce(Partial.merge, parts)

@@ -10,17 +10,40 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.engine.runner import Runner, Work
 from minillm.model.sampling import Draw
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool
+from minillm.policy.lending import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import LOST_BLOCKS, Event
 from minillm.trace.recorder import Recorder
+
+LOST = -1  # stands where no token could be drawn
+
+
+class Borrowing(Protocol):
+    """What lets an engine use blocks of others (`parallel/lending.py`). Its `lock` is for the scheduler, of which others are told."""
+
+    lock: Any
+
+    def negotiate(self, now_s: float) -> None: ...
+
+    def attach(self, batch: Batch) -> Batch: ...
+
+    def landed(self, batch: Batch, unheard: Sequence[Chunk]) -> None: ...
+
+    def tell(self) -> None: ...
+
+    def follow(self, view: dict[int, int], beyond: int, moves: Sequence[tuple[int, int, int]]) -> None: ...
+
+    def heartbeat(self) -> Heartbeat: ...
 
 
 class Engine:
@@ -37,6 +60,7 @@ class Engine:
         self.under_way: deque[Work] = deque()
         self.steps = 0
         self.failed: frozenset[int] = frozenset()  # who was in a step that ended in the last error
+        self.borrowing: Borrowing | None = None
         self.record(recorder)
 
     @property
@@ -75,7 +99,8 @@ class Engine:
         when = time.monotonic() if arrived_s is None else arrived_s
         for request in requests:
             request.scheduled.arrival_s = when
-            self.scheduler.add(request.scheduled)
+            with self._alone():
+                self.scheduler.add(request.scheduled)
             self._enter(request)
             if not request.life.moments:  # else another engine has begun it
                 request.life.note(Event.ARRIVED, when)
@@ -107,10 +132,15 @@ class Engine:
     def schedule(self) -> Work:
         """The next batch; what it means to the lives of requests is noted."""
         now = time.monotonic()
-        batch = self.scheduler.schedule(now)
+        if self.borrowing is not None:
+            self.borrowing.negotiate(now)
+        with self._alone():
+            batch = self.scheduler.schedule(now)
+            batch = self.borrowing.attach(batch) if self.borrowing else batch
         self.steps += bool(batch.chunks)
         for request_id in batch.preempted:
-            self.requests[request_id].life.note(Event.PREEMPTED, now)
+            if request_id in self.requests:  # else it was cancelled meanwhile
+                self.requests[request_id].life.note(Event.PREEMPTED, now)
         for chunk in batch.chunks:
             request = self.requests[chunk.request_id]
             last = request.life.moments[-1][0]
@@ -125,11 +155,15 @@ class Engine:
     def postprocess(self, batch: Batch, tokens: list[list[int]]) -> list[Piece]:
         """Hand every request its token; those that finished leave their blocks."""
         now = time.monotonic()
-        self.scheduler.postprocess(batch, [drawn[0] if drawn else None for drawn in tokens])
+        lost = [bool(drawn) and drawn[0] == LOST for drawn in tokens]  # what it had elsewhere
+        with self._alone():
+            self.scheduler.postprocess(batch, [d[0] if d and not gone else None for d, gone in zip(tokens, lost)])
+            if self.borrowing is not None:
+                self.borrowing.landed(batch, [chunk for chunk, gone in zip(batch.chunks, lost) if gone])
         pieces = []
-        for chunk, drawn in zip(batch.chunks, tokens):
+        for chunk, drawn, gone in zip(batch.chunks, tokens, lost):
             request = self.requests.get(chunk.request_id)
-            if request is None:  # cancelled while its batch was under way
+            if request is None or gone:  # cancelled while its batch was under way, or to be computed again
                 continue
             if len(drawn) > 1:
                 self._fork(request, drawn)
@@ -138,6 +172,8 @@ class Engine:
                 if each.finish_reason is not None:
                     self._leave(each)
         self._note_cache()
+        if self.borrowing is not None:
+            self.borrowing.tell()
         return pieces
 
     def cancel(self, requests: Iterable[Request]) -> None:
@@ -147,6 +183,8 @@ class Engine:
                 request.cancel(time.monotonic())
                 if request.request_id in self.requests:
                     self._leave(request)
+        if self.borrowing is not None:
+            self.borrowing.tell()
 
     def _draws(self, chunk: Chunk) -> tuple[Draw, ...]:
         """How the token after a chunk is drawn, for each of the samples that fork there; nothing for a greedy one."""
@@ -164,6 +202,10 @@ class Engine:
             self._enter(twin)
             twin.life.moments = list(request.life.moments)
 
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Nobody else looks at the scheduler meanwhile."""
+        return self.borrowing.lock if self.borrowing is not None else nullcontext()
+
     def _note_cache(self) -> None:
         self.runner.note_cache(self.scheduler.pool.used_on(self.runner.spread))
 
@@ -173,4 +215,5 @@ class Engine:
 
     def _leave(self, request: Request) -> None:
         del self.requests[request.request_id]
-        self.scheduler.remove(request.request_id)
+        with self._alone():
+            self.scheduler.remove(request.request_id)

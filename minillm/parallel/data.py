@@ -18,6 +18,8 @@ from multiprocessing.connection import wait
 
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.parallel.instance import Instance
+from minillm.parallel.links import House
+from minillm.parallel.market import Exchange
 from minillm.parallel.remote import WAIT_S, RemoteEngine
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
@@ -45,10 +47,12 @@ class Replicas:
     ) -> None:
         size = instances[0].layout.world_size
         self.options, self.router = options, router
+        house = House() if options.borrowing else None
         self.engines = [
-            RemoteEngine(instance, options, recorder, order, number * size, fails=False)
+            RemoteEngine(instance, options, recorder, order, number * size, fails=False, house=house)
             for number, instance in enumerate(instances)
         ]
+        self.exchange = Exchange(self.engines, options) if options.borrowing else None
         self.losses: list[tuple[int, Exception]] = []  # which replica, and why
         self.failed: frozenset[int] = frozenset()
         self._homeless: deque[Request] = deque()  # served by nobody
@@ -71,7 +75,8 @@ class Replicas:
     @property
     def load(self) -> Load:
         """How full all of them are together."""
-        return Load(*map(sum, zip(*(vars(engine.load).values() for engine in self.engines))))
+        loads = [self.exchange.load(engine) if self.exchange else engine.load for engine in self.engines]
+        return Load(*map(sum, zip(*(vars(load).values() for load in loads))))
 
     @property
     def num_blocks(self) -> int:
@@ -115,6 +120,10 @@ class Replicas:
         """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""
         self._look_after()
         self._place()
+        if self.exchange is not None:
+            for engine in self.exchange.due():
+                with self._guarded(engine):
+                    self.exchange.tell(engine)
         pieces: list[Piece] = []
         for engine in self.engines:
             if engine.has_work:
@@ -192,6 +201,8 @@ class Replicas:
             lost, engine.lost, engine.error = engine.lost, [], None
             self.losses.append((replica, error))
             self.router.lose(replica)
+            if self.exchange is not None:
+                self.exchange.regain()
             self._take_back(lost)
             self._restart(replica)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -219,7 +230,7 @@ class Replicas:
     def _restart(self, replica: int) -> None:
         engine = self.engines[replica]
         self._returning[replica] = self._helper.submit(
-            engine.instance.open, engine.number, self.options, engine.order
+            engine.instance.open, engine.number, self.options, engine.order, engine.house
         )  # fmt: skip
 
     def _look_after(self) -> None:
@@ -233,6 +244,8 @@ class Replicas:
                 self._gone[replica] = start.exception()
                 if self._gone[replica] is None:
                     self.router.regain(replica)
+                    if self.exchange is not None:
+                        self.exchange.regain()
         for replica, engine in enumerate(self.engines):
             if replica not in self.router.lost and engine.at_rest and not engine.instance.alive:
                 engine.abandon()

@@ -19,6 +19,7 @@ import torch
 from minillm.model.config import ModelConfig
 from minillm.model.moe import Tally
 from minillm.parallel.layout import Layout
+from minillm.parallel.links import House
 from minillm.parallel.member import choices, close_engine, load, open_engine, unload
 from minillm.parallel.messages import Loaded
 from minillm.parallel.sharing import SharedWeights, share_weights
@@ -44,6 +45,7 @@ class Instance:
         self.ranks, self.folder, self.layout, self.dtype, self.shared = ranks, folder, layout, dtype, shared
         self.name = f"instance {next(_numbers)}"
         self.opened: dict[int, int] = {}  # engines that the ranks hold, and the blocks of each
+        self.parties: dict[int, int] = {}  # who these are to those that they borrow of
         self.forgotten: list[int] = []  # engines that nobody has any more
         self._generation = -1
         self._starting = threading.RLock()
@@ -61,15 +63,17 @@ class Instance:
             while self.forgotten:
                 self.drop(self.forgotten.pop())
 
-    def open(self, engine: int, options: EngineOptions, order: Order) -> int:
-        """Have an engine on the ranks; returns how many blocks it has."""
+    def open(self, engine: int, options: EngineOptions, order: Order, house: House | None = None) -> int:
+        """Have an engine on the ranks; returns how many blocks it has. In a `house` it lends and borrows, as a new party."""
         with self._starting:
-            return self._open(engine, options, order)
+            return self._open(engine, options, order, house)
 
-    def _open(self, engine: int, options: EngineOptions, order: Order) -> int:
+    def _open(self, engine: int, options: EngineOptions, order: Order, house: House | None) -> int:
         self.ready()
         if engine not in self.opened:
-            self.opened[engine] = self.ranks.run(open_engine, self.name, engine, options, order)[0]
+            door = house.door() if house is not None else None
+            self.opened[engine] = self.ranks.run(open_engine, self.name, engine, options, order, door)[0]
+            self.parties[engine] = door.party if door is not None else -1
         return self.opened[engine]
 
     def drop(self, engine: int) -> None:

@@ -27,6 +27,8 @@ from minillm.model.moe import Tally
 from minillm.model.tokenizer import Tokenizer
 from minillm.parallel.context import ContextGroup
 from minillm.parallel.layout import Layout
+from minillm.parallel.lending import Borrower, Lending
+from minillm.parallel.links import Door
 from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.messages import Loaded, Message, Recording, Seen, Told, Turn
@@ -37,6 +39,7 @@ from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.experts import Placement
+from minillm.policy.lending import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order
 from minillm.ranks.baton import Baton
@@ -44,6 +47,7 @@ from minillm.ranks.comm import Comm
 from minillm.ranks.membership import RankContext, context
 from minillm.trace.recorder import Recorder
 
+SHORT_S = 0.001
 POST_S = 0.2  # how long rank 0 waits for what it was called for: posts take a way of their own
 REPORT_SPANS = 256  # how many a rank keeps before it reports them
 
@@ -57,6 +61,7 @@ class Seat:
     engine: Engine | None = None
     runner: PipelineRunner | None = None
     told: dict[int, int] = field(default_factory=dict)  # how many moments of each request's life were told
+    lending: Lending | None = None
 
 
 @dataclass
@@ -102,9 +107,12 @@ def unload(instance: str) -> None:
     context().held.pop(instance, None)
 
 
-def open_engine(instance: str, engine: int, options: EngineOptions, order: Order) -> int:
-    """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has."""
+def open_engine(instance: str, engine: int, options: EngineOptions, order: Order, door: Door | None = None) -> int:
+    """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has. With a door it lends and
+    borrows.
+    """
     here, member = context(), _member(instance)
+    close_engine(instance, engine)
     member.mail.pop(engine, None)  # of one with this number that was lost
     here.posts[:] = [(to, message) for to, message in here.posts if to != engine]
     mine = options.num_blocks or default_num_blocks(member.model, options, here.backend.sharers)
@@ -116,12 +124,18 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     if member.pipe.stage == 0 and member.pipe.leads:
         runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
         seat.engine, seat.runner = Engine(runner, options, Recorder(), order), runner
+    if door is not None:
+        seat.lending = seat.stage.lending = Lending(door, here.rank, cache)
+        if seat.engine is not None:
+            seat.engine.borrowing = Borrower(seat.lending, seat.engine.scheduler, options)
     return num_blocks
 
 
 def close_engine(instance: str, engine: int) -> None:
     """Let go of an engine and its KV cache."""
-    _member(instance).seats.pop(engine, None)
+    seat = _member(instance).seats.pop(engine, None)
+    if seat is not None and seat.lending is not None:
+        seat.lending.close()
 
 
 def serve(instance: str, engine: int, recording: Recording) -> None:
@@ -234,11 +248,17 @@ def _lead(member: Member, number: int, here: RankContext) -> None:
             break
         known = {each.request_id: each for each in with_twins(engine.requests.values())}
         pieces = engine.step()
-        here.emit(Turn([_told(seat, known[piece.request_id], piece) for piece in pieces], engine.load))
+        here.emit(Turn([_told(seat, known[piece.request_id], piece) for piece in pieces], engine.load, _beat(engine)))
+        if engine.borrowing is not None and engine.requests and not pieces and not engine.under_way:
+            time.sleep(SHORT_S)  # they wait for blocks of others, or are in the middle of their prompts
         for request_id in seat.told.keys() - engine.requests.keys():
             del seat.told[request_id]
     runner.end()
-    here.emit(Turn([], engine.load))
+    here.emit(Turn([], engine.load, _beat(engine)))
+
+
+def _beat(engine: Engine) -> Heartbeat | None:
+    return engine.borrowing.heartbeat() if engine.borrowing is not None else None
 
 
 def _told(seat: Seat, request: Request, piece: Piece) -> Told:

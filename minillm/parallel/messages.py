@@ -10,6 +10,7 @@ from minillm.engine.engine import Engine
 from minillm.engine.intake import Intake
 from minillm.engine.request import Piece, number
 from minillm.model.sampling import SamplingParams
+from minillm.policy.lending import Heartbeat
 from minillm.policy.request import Load
 from minillm.trace.life import Event
 from minillm.trace.trace import MemorySample, Span
@@ -74,6 +75,7 @@ class Turn:
 
     told: list[Told]
     load: Load
+    beat: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
@@ -106,5 +108,15 @@ def cancel(request_ids: list[int]) -> Message:
 
     def message(engine: Engine, intake: Intake) -> None:
         engine.cancel([engine.requests[each] for each in request_ids if each in engine.requests])
+
+    return message
+
+
+def follow(view: dict[int, int], beyond: int, moves: list[tuple[int, int, int]]) -> Message:
+    """A message for rank 0 of an instance that borrows: what the global manager says."""
+
+    def message(engine: Engine, intake: Intake) -> None:
+        assert engine.borrowing is not None
+        engine.borrowing.follow(view, beyond, moves)
 
     return message

@@ -18,11 +18,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from minillm.engine.engine import LOST
 from minillm.engine.runner import Work, step_span, weight_bytes, with_peak
 from minillm.kv.paged import PagedCache
 from minillm.model.cost import Cost, block_costs, head_cost
 from minillm.model.decoder import Decoder
-from minillm.model.sampling import draw
+from minillm.model.sampling import Draw, draw
+from minillm.parallel.lending import Lending
 from minillm.parallel.pipe import Pipe
 from minillm.parallel.rebalance import rebalance
 from minillm.parallel.shards import Shard
@@ -70,6 +72,7 @@ class Stage:
         if pipe.stage == 0 and pipe.leads:
             self._below += [(pipe.orders, other) for other in range(1, pipe.orders.size)]
         self._leaving: deque[tuple[Transfer, Span]] = deque()
+        self.lending: Lending | None = None
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have what happens on this rank from now on."""
@@ -113,15 +116,30 @@ class Stage:
             costs=self._costs(work),
         )
         with self.baton, span, torch.inference_mode():
+            if self.lending is not None:
+                self.lending.begin(work.batch)
             self._copy(work.batch.copies)
             out = with_peak(self.recorder, lambda: self._forward(work, x), self.model.device)
             if last:
                 draws = work.draws if self.pipe.draws else ()
-                drawn = (tensor.draw if tensor else draw)(out, draws) if draws else []
+                drawn = self._draw(out, draws) if draws else []
                 out = torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
             elif self.model.device.type == "cuda" and self.recorder.timing:
                 torch.cuda.current_stream().synchronize()  # so that the span is as long as the work
-            return out
+        if self.lending is not None:
+            self.lending.settle(self.recorder, work.step)
+            if work.batch.moves and tensor is not None:
+                tensor.comm.barrier()  # that this step is over says that all blocks have arrived
+        return out
+
+    def _draw(self, logits: torch.Tensor, draws: Sequence[tuple[Draw, ...]]) -> list[list[int]]:
+        """The tokens after each chunk; none after one of which others did not answer."""
+        sample = self.pipe.tensor.draw if self.pipe.tensor else draw
+        if self.lending is None:
+            return sample(logits, draws)
+        lost = logits.isnan().any(-1)
+        tokens = sample(torch.nan_to_num(logits), draws)
+        return [[LOST] if gone else each for each, gone in zip(tokens, lost.tolist())]
 
     def _rebalance(self, step: int) -> None:
         """Place the experts anew, when it is time; all ranks that share them do it before the same step."""
@@ -149,6 +167,10 @@ class Stage:
             x = self.model.embed(work.batch) if work.batch.chunks else self._nothing(0)
         if self.pipe.experts is not None:
             x = self.pipe.experts.through(self.model, x, work.batch, self.cache, work.tokens)
+        elif not work.batch.chunks:  # some blocks move, and that is all
+            return x
+        elif self.lending is not None:
+            x = self.lending.through(self.model, x, work.batch, self.cache, self.recorder)
         else:
             x = self.model.through(x, work.batch, self.cache)
         if self.pipe.stage < self.pipe.last or not work.draws:

@@ -18,9 +18,11 @@ from typing import Any
 
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.parallel.instance import Instance
+from minillm.parallel.links import House
 from minillm.parallel.member import serve
-from minillm.parallel.messages import Added, Message, Recording, Seen, Turn, add, cancel
+from minillm.parallel.messages import Added, Message, Recording, Seen, Turn, add, cancel, follow
 from minillm.policy.blocks import BlockPool
+from minillm.policy.lending import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.router import RoundRobin, Router
@@ -53,8 +55,10 @@ class RemoteEngine:
         first_rank: int = 0,
         fails: bool = True,
         router: Router | None = None,
+        house: House | None = None,
     ) -> None:
-        self.instance, self.options, self.order = instance, options, order
+        self.instance, self.options, self.order, self.house = instance, options, order, house
+        self.beat: Heartbeat | None = None  # of an instance that borrows
         self.first_rank, self.fails = first_rank, fails
         self.lost: list[Request] = []
         self.error: Exception | None = None  # with which it was lost
@@ -65,7 +69,7 @@ class RemoteEngine:
         self._call: Call | None = None
         self._trouble: Exception | None = None  # of somebody who listens to spans
         self._pieces: list[Piece] = []
-        self.num_blocks = instance.open(self.number, options, order)
+        self.num_blocks = instance.open(self.number, options, order, house)
         self.leaders = instance.layout.leaders
         self.router = router or RoundRobin(len(self.leaders))
         self._rest()
@@ -130,7 +134,7 @@ class RemoteEngine:
             shares.setdefault(leader, []).append(_added(request))
         with self._or_lost(RankError):
             if self._call is None:
-                self.instance.open(self.number, self.options, self.order)
+                self.instance.open(self.number, self.options, self.order, self.house)
             for leader, share in shares.items():
                 self._post(leader, add(share))
 
@@ -175,6 +179,17 @@ class RemoteEngine:
         for request in going:
             request.cancel(time.monotonic())
         self.drop(going)
+
+    @property
+    def party(self) -> int:
+        """Who it is to those that it borrows of; -1 for nobody."""
+        return self.instance.parties.get(self.number, -1)
+
+    def follow(self, view: dict[int, int], beyond: int, moves: list[tuple[int, int, int]]) -> None:
+        """Tell it what the global manager says."""
+        self._rules.beyond = beyond
+        with self._or_lost(RankError):
+            self._post(self.leaders[0], follow(view, beyond, moves))
 
     def drop(self, requests: Iterable[Request]) -> None:
         """Serve requests no more that are served here; the others do not matter."""
@@ -259,6 +274,7 @@ class RemoteEngine:
             return
         turn: Turn = event
         self._loads[rank] = turn.load
+        self.beat = turn.beat
         for told in turn.told:
             request = self.requests.get(told.piece.request_id)
             if request is None:  # cancelled meanwhile

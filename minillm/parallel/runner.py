@@ -44,7 +44,7 @@ class PipelineRunner:
         """
         pipe, tokens = self.stage.pipe, sum(len(chunk.token_ids) for chunk in work.batch.chunks)
         if pipe.leaders is None:
-            return work if tokens else None
+            return work if tokens or work.batch.moves else None
         everyone = pipe.leaders.all_gather(torch.tensor([tokens])).tolist()
         if not any(everyone):
             return None

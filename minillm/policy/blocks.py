@@ -38,6 +38,7 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self.returned: list[Away] = []  # blocks at other instances that nobody here needs any more
+        self.leaving = 0  # blocks that move to other instances, and are free once they have arrived
 
     @property
     def num_free(self) -> int:
@@ -117,7 +118,8 @@ def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 class BlockTable:
     """The blocks of one sequence, in order. Position p lies in block `blocks[p // block_size]`, unless that is `AWAY`: the first
-    blocks may lie at other instances, in order in `away`. More are `reserved` there for those that follow.
+    blocks may lie at other instances, in order in `away`. More are `reserved` there for those that follow, of which some may be
+    `leaving`: they are still read here.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -125,6 +127,7 @@ class BlockTable:
         self.blocks: list[int] = []
         self.away: list[Away] = []
         self.reserved: list[Away] = []
+        self.leaving: list[Move] = []
         self._keys: list[bytes] = []  # of the sequence's full blocks, as far as they were asked for
         self._findable = 0  # blocks at the front that others may find
 
@@ -183,33 +186,43 @@ class BlockTable:
 
     def movable(self, computed: int) -> int:
         """How many of the next blocks after those that are away may go too: full, computed, held by this sequence alone."""
-        first = self.num_away
-        full = computed // self.pool.block_size
+        first, full = self.num_away, computed // self.pool.block_size
         alone = (self.pool.references[block] == 1 for block in self.blocks[first:full])
         return next((count for count, each in enumerate(alone) if not each), max(0, full - first))
 
     def lend(self, count: int) -> list[Move]:
-        """Move the next `count` blocks to where they are reserved; here they are free."""
-        moves = []
-        while count > 0:
-            room, first = self.reserved[0], self.num_away
-            some = min(count, len(room.blocks))
-            mine = tuple(self.blocks[first : first + some])
-            away = Away(room.creditor, room.blocks[:some])
+        """Begin to move the next `count` blocks to where they are reserved. They are read here until `arrived`."""
+        assert not self.leaving
+        first = self.num_away
+        for room in self.reserved:
+            if some := min(count, len(room.blocks)):
+                mine = tuple(self.blocks[first : first + some])
+                self.leaving.append(Move(mine, Away(room.creditor, room.blocks[:some])))
+                first, count = first + some, count - some
+        self.pool.leaving += sum(len(move.blocks) for move in self.leaving)
+        return list(self.leaving)
+
+    def arrived(self) -> None:
+        """What was leaving is read at its creditors from now on, and free here."""
+        for move in self.leaving:
+            room, first, some = self.reserved[0], self.num_away, len(move.blocks)
             self.reserved[:1] = [Away(room.creditor, room.blocks[some:])] if some < len(room.blocks) else []
             self.blocks[first : first + some] = [AWAY] * some
-            self.away.append(away)
-            moves.append(Move(mine, away))
-            count -= some
-        for move in moves:
+            self.away.append(move.away)
             for block in reversed(move.blocks):
                 self.pool.release(block)
-        return moves
+        self._stay()
+
+    def _stay(self) -> None:
+        """Nothing is leaving any more."""
+        self.pool.leaving -= sum(len(move.blocks) for move in self.leaving)
+        self.leaving = []
 
     def bring_home(self) -> list[Move]:
         """Move all that is away into blocks of this pool, and let go of what is reserved. Raises `OutOfBlocks`, with nothing moved."""
         if self.num_away > self.pool.num_free:
             raise OutOfBlocks
+        assert not self.leaving
         moves, place = [], 0
         for away in self.away:
             mine = tuple(self.pool.take() for _ in away.blocks)
@@ -231,6 +244,7 @@ class BlockTable:
 
     def free(self) -> None:
         """Let go of every block; the last first, so that of a kept prefix the end goes before the beginning."""
+        self._stay()
         for block in reversed(self.blocks):
             if block != AWAY:
                 self.pool.release(block)

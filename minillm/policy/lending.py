@@ -123,7 +123,7 @@ class RManager:
         self._pending: list[Move] = []
         self._landing: set[tuple[int, int]] = set()  # (creditor, block) of moves under way
         self._notices: list[Notice] = []
-        self._gone: set[int] = set()
+        self.gone: set[int] = set()  # who was lost, and does not come back
         self._over: list[int] = []
         scheduler.may_start = self._may_start
 
@@ -221,6 +221,8 @@ class RManager:
                 else:
                     self._notices += [Unclaimed(each.creditor) for each in table.reserved]
                 continue
+            if table.leaving:
+                continue
             whole = self.scheduler.outgrows(request) or request.request_id in self._hurry
             count = min(table.num_reserved, table.movable(request.computed))
             self._note(table.lend(count if whole else min(count, self.at_once)))
@@ -231,6 +233,11 @@ class RManager:
         moves, self._pending = tuple(self._pending), []
         return moves
 
+    @property
+    def pending(self) -> bool:
+        """Whether moves wait for a step."""
+        return bool(self._pending)
+
     def over(self) -> tuple[int, ...]:
         """Instances whose blocks here were taken back; said with the next step."""
         gone, self._over = tuple(self._over), []
@@ -238,6 +245,9 @@ class RManager:
 
     def landed(self, moves: Sequence[Move]) -> None:
         """The step that these went with is back."""
+        for request in self.scheduler.requests.values():
+            if request.table is not None and request.table.leaving and request.table.leaving[0] in moves:
+                request.table.arrived()
         self._landing -= {(move.away.creditor, block) for move in moves for block in move.away.blocks}
 
     def notices(self) -> list[Notice]:
@@ -245,7 +255,7 @@ class RManager:
         kept: list[Away] = []
         for away in self.pool.returned:
             under_way = any((away.creditor, block) in self._landing for block in away.blocks)
-            if away.creditor in self._gone:
+            if away.creditor in self.gone:
                 continue
             if under_way and not self._cancel(away):
                 kept.append(away)
@@ -267,7 +277,7 @@ class RManager:
             self._over.append(instance)
             for block in blocks:
                 self.pool.release(block)
-        self._gone.add(instance)
+        self.gone.add(instance)
         self._pending = [move for move in self._pending if move.away.creditor != instance]
         self._landing = {each for each in self._landing if each[0] != instance}
         self._drop_lost()
@@ -304,7 +314,7 @@ class RManager:
         """Requests with blocks at an instance that is gone start again, once they are in no batch."""
         for request in list(self.scheduler.requests.values()):
             table = request.table
-            if table is None or not any(each.creditor in self._gone for each in [*table.away, *table.reserved]):
+            if table is None or not any(each.creditor in self.gone for each in [*table.away, *table.reserved]):
                 continue
             if request.status is Status.RUNNING and not request.in_flight:
                 self.scheduler.preempt(request)
@@ -377,7 +387,10 @@ class RManager:
 
     def _moving(self, request: ScheduledRequest) -> bool:
         assert request.table is not None
-        return any((each.creditor, block) in self._landing for each in request.table.away for block in each.blocks)
+        table = request.table
+        return bool(table.leaving) or any(
+            (e.creditor, block) in self._landing for e in table.away for block in e.blocks
+        )
 
     def _needed(self, request: ScheduledRequest) -> int:
         """Blocks that a request which outgrows this pool has to borrow: all that do not fit beside those lent to others."""
@@ -385,7 +398,7 @@ class RManager:
 
     def _creditors(self) -> list[int]:
         """Others, those with the most free blocks first."""
-        present = [each for each in self.view if each not in self._gone]
+        present = [each for each in self.view if each not in self.gone]
         return sorted(present, key=lambda each: (-self.view[each], each))
 
     def _first(self, now_s: float) -> ScheduledRequest:
@@ -421,7 +434,7 @@ class RManager:
             if request.remaining and request.table is not None:
                 start = request.computed + request.in_flight
                 need += request.table.missing(start, start + 1)
-        return need - self.pool.num_free
+        return need - self.pool.num_free - self.pool.leaving
 
     def _for_short(self, now_s: float) -> list[Ask]:
         """Room for as many blocks as the next step lacks or, on demand, as the first waiting request lacks."""
@@ -469,7 +482,7 @@ class RManager:
             return []
         request_id, blocks, creditor = self.planned.popleft()
         request = self.scheduler.requests.get(request_id)
-        if request is None or request.status is not Status.RUNNING or creditor in self._gone:
+        if request is None or request.status is not Status.RUNNING or creditor in self.gone:
             return []
         count = min(blocks, self._movable(request))
         return [Ask(creditor, request_id, count, _age(request))] if count > 0 else []
@@ -479,11 +492,20 @@ class RManager:
         self._landing |= {(move.away.creditor, block) for move in moves for block in move.away.blocks}
 
     def _cancel(self, away: Away) -> bool:
-        """Whether a move could be called off before it began."""
-        found = [move for move in self._pending if move.away == away and not (move.home and self._in_use(move))]
+        """Whether all moves of these blocks could be called off before they began."""
+        under_way = {block for creditor, block in self._landing if creditor == away.creditor} & set(away.blocks)
+        found = [
+            move
+            for move in self._pending
+            if move.away.creditor == away.creditor
+            and under_way.issuperset(move.away.blocks)
+            and not (move.home and self._in_use(move))
+        ]
+        if {block for move in found for block in move.away.blocks} != under_way:
+            return False
         self._pending = [move for move in self._pending if move not in found]
-        self._landing -= {(away.creditor, block) for block in away.blocks} if found else set()
-        return bool(found)
+        self._landing -= {(away.creditor, block) for block in under_way}
+        return True
 
     def _in_use(self, move: Move) -> bool:
         return any(self.pool.references[block] for block in move.blocks)

@@ -16,13 +16,15 @@ class EngineOptions:
     long prompt leave in `sum_chunks` parts, each while the next is computed (1: whole). Where experts are shared out,
     `micro_batches` 2 computes one half of a step's tokens while the other half's are under way; every `rebalance_steps` steps
     (None: never) they are placed anew by what was chosen, with `redundant_experts` copies in each layer of those chosen most.
+    Replicas that borrow lend at most `most_lent` blocks each (None: all that are free), and move `move_blocks` of a request in a step.
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
     `chunked_prefill` cuts prompts to the step's token budget (off: a prompt runs whole, even one above the budget);
     `preemption` lets a request start with the blocks of its prompt, and takes them back when the pool runs out (off: each
     request reserves the blocks of its longest length before it starts); `prefix_reuse` keeps the blocks of finished
     requests for prompts that begin alike; where ranks share the KV cache of a sequence, `ring_prefill` lets the keys of prompts
-    travel round them (off: queries travel, as they do for single tokens). Raises `ValueError` for values outside their ranges.
+    travel round them (off: queries travel, as they do for single tokens); `borrowing` lets replicas borrow blocks of each other's KV
+    caches, `on_demand` whenever their own run out (off: as a plan says, and for requests that outgrow one of them). Raises `ValueError` for values outside their ranges.
     """
 
     block_size: int = 16
@@ -34,19 +36,23 @@ class EngineOptions:
     micro_batches: int = 1
     rebalance_steps: int | None = None
     redundant_experts: int = 0
+    most_lent: int | None = None
+    move_blocks: int = 1
     continuous: bool = True
     chunked_prefill: bool = True
     preemption: bool = True
     prefix_reuse: bool = False
     ring_prefill: bool = False
+    borrowing: bool = False
+    on_demand: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), int(field.name != "redundant_experts")
+            value, least = getattr(self, field.name), int(field.name not in ("redundant_experts", "most_lent"))
             if isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name}={value!r}: give True or False")
-            elif value is None and field.name in ("num_blocks", "in_flight", "rebalance_steps"):
+            elif value is None and field.name in ("num_blocks", "in_flight", "rebalance_steps", "most_lent"):
                 continue
             elif not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field.name}={value!r}: give a whole number from {least}")

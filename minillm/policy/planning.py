@@ -130,8 +130,13 @@ class GManager:
         return Ledger(beat for beat in self.beats.values() if beat is not None)
 
     def view(self) -> dict[int, int]:
-        """What each instance would lend, as last heard."""
-        return {instance: beat.lendable for instance, beat in self.beats.items() if beat is not None}
+        """What each instance would lend, as last heard of it and of its debtors, who may know better."""
+        ledger, view = self.ledger, {}
+        for instance, beat in self.beats.items():
+            if beat is not None:
+                more = max(0, ledger.owed_to(instance) - beat.lent_blocks)
+                view[instance] = max(0, beat.lendable - more)
+        return view
 
     def plan(self) -> list[PlannedMove]:
         """The moves that are worth most, greedily: debtors with the smallest batch first; of each its longest request, to the

@@ -35,6 +35,7 @@ class Scheduler:
         self.running: list[ScheduledRequest] = []
         self.requests: dict[int, ScheduledRequest] = {}
         self.beyond = 0  # blocks that other instances lend at most
+        self.preempted: list[int] = []  # since the last batch
         self.may_start: Callable[[ScheduledRequest], bool] = lambda request: True
 
     def add(self, request: ScheduledRequest) -> None:
@@ -85,7 +86,8 @@ class Scheduler:
         if not step.preempted and (self.options.continuous or not self.running):
             self._start_new(step, now_s)
         self.under_way += bool(step.chunks)
-        return Batch(tuple(step.chunks), tuple(step.copies), tuple(step.preempted))
+        preempted, self.preempted = tuple(self.preempted), []
+        return Batch(tuple(step.chunks), tuple(step.copies), preempted)
 
     def postprocess(self, batch: Batch, tokens: Sequence[int | None]) -> None:
         """The batch has run: `tokens` has the next token of each chunk that samples, None for the others."""
@@ -115,6 +117,7 @@ class Scheduler:
                 self._let_go(request)
             elif request.status is Status.RUNNING:
                 self.preempt(request)
+        self.preempted.clear()
         return frozenset(request.request_id for request in lost)
 
     def fork(self, request_id: int, twin: ScheduledRequest) -> None:
@@ -172,7 +175,9 @@ class Scheduler:
         assert table is not None
         count = self._part(request, step)
         start = request.computed + request.in_flight
-        while table.missing(start, start + count) > self.pool.num_free:
+        while (missing := table.missing(start, start + count)) > self.pool.num_free:
+            if missing <= self.pool.num_free + self.pool.leaving:
+                return  # until what moves to other instances has arrived there
             victim = self._victim()
             if victim is None or (victim is request and request.remaining > 1 and step.chunks):
                 return  # a prompt begun waits for those that decode, and keeps what it has
@@ -240,6 +245,7 @@ class Scheduler:
         request.computed, request.status = 0, Status.WAITING
         self.running.remove(request)
         self.waiting.append(request)
+        self.preempted.append(request.request_id)
 
     def _let_go(self, request: ScheduledRequest) -> None:
         if request.table is not None:

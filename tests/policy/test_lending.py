@@ -88,7 +88,7 @@ class Cluster:
         site.manager.settle()
         self.post(number)
         batch = site.scheduler.schedule(self.now)
-        if batch.chunks:
+        if batch.chunks or site.manager.pending:
             moves = site.manager.moves()
             self.lent += sum(len(move.blocks) for move in moves if not move.home)
             self.returned += sum(len(move.blocks) for move in moves if move.home)

@@ -1,0 +1,75 @@
+"""The global manager at work: in the launching process, among the engines of instances that borrow of each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from minillm.parallel.remote import RemoteEngine
+from minillm.policy.lending import Heartbeat
+from minillm.policy.options import EngineOptions
+from minillm.policy.planning import GManager, PlannedMove
+from minillm.policy.request import Load
+
+BEAT_S = 0.02  # how often it looks at the heartbeats
+
+
+class Exchange:
+    """Hears the engines' heartbeats and tells them what others would lend and, unless they borrow on demand, what to move."""
+
+    def __init__(self, engines: Sequence[RemoteEngine], options: EngineOptions) -> None:
+        self.engines, self.options = engines, options
+        self.manager = GManager([], options.block_size)
+        self.beyond = {engine: sum(self._most(other) for other in engines if other is not engine) for engine in engines}
+        self.planned: list[PlannedMove] = []  # all that was ever planned
+        self._looked_s = 0.0
+        self._moves: list[PlannedMove] = []
+        self.regain()
+        for engine in engines:
+            engine.follow(self.manager.view(), self.beyond[engine], [])
+
+    def regain(self) -> None:
+        """See who is there: an instance that starts anew is another party."""
+        present = {
+            engine.party for engine in self.engines if engine.instance.alive and engine.number in engine.instance.opened
+        }
+        for party in self.manager.beats.keys() - present:
+            self.manager.leave(party)
+        for engine in self.engines:
+            if engine.party in present - self.manager.beats.keys():
+                self.manager.join(engine.party)
+                most, blocks = self._most(engine), engine.num_blocks
+                self.manager.heartbeat(Heartbeat(engine.party, 0, 0, blocks, blocks, most))
+
+    def due(self) -> list[RemoteEngine]:
+        """The engines to tell something now; before, heartbeats are heard and moves planned."""
+        now = time.monotonic()
+        if now - self._looked_s < BEAT_S:
+            return []
+        self._looked_s = now
+        self._hear()
+        self._moves = [] if self.options.on_demand else self.manager.plan()
+        self.planned += self._moves
+        return [engine for engine in self.engines if not engine.at_rest]
+
+    def load(self, engine: RemoteEngine) -> Load:
+        """How full an engine is: at rest it tells nothing, and holds what others have there."""
+        if not engine.at_rest:
+            return engine.load
+        self._hear()
+        return replace(engine.load, used_blocks=self.manager.ledger.owed_to(engine.party))
+
+    def _hear(self) -> None:
+        for engine in self.engines:
+            if engine.beat is not None and engine.beat.instance in self.manager.beats:
+                self.manager.heartbeat(engine.beat)
+
+    def tell(self, engine: RemoteEngine) -> None:
+        """Tell an engine what concerns it."""
+        mine = [(move.request_id, move.blocks, move.creditor) for move in self._moves if move.debtor == engine.party]
+        engine.follow(self.manager.view(), self.beyond[engine], mine)
+
+    def _most(self, engine: RemoteEngine) -> int:
+        """The most blocks that an engine lends."""
+        return engine.num_blocks if self.options.most_lent is None else min(self.options.most_lent, engine.num_blocks)
