@@ -132,11 +132,7 @@ class Engine:
     def schedule(self) -> Work:
         """The next batch; what it means to the lives of requests is noted."""
         now = time.monotonic()
-        if self.borrowing is not None:
-            self.borrowing.negotiate(now)
-        with self._alone():
-            batch = self.scheduler.schedule(now)
-            batch = self.borrowing.attach(batch) if self.borrowing else batch
+        batch = self._next_batch(now)
         self.steps += bool(batch.chunks)
         for request_id in batch.preempted:
             if request_id in self.requests:  # else it was cancelled meanwhile
@@ -201,6 +197,14 @@ class Engine:
             self.scheduler.fork(request.request_id, twin.scheduled)
             self._enter(twin)
             twin.life.moments = list(request.life.moments)
+
+    def _next_batch(self, now_s: float) -> Batch:
+        """What the scheduler says, once it is agreed with others what they lend."""
+        if self.borrowing is None:
+            return self.scheduler.schedule(now_s)
+        self.borrowing.negotiate(now_s)
+        with self.borrowing.lock:
+            return self.borrowing.attach(self.scheduler.schedule(now_s))
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Nobody else looks at the scheduler meanwhile."""
