@@ -1,0 +1,158 @@
+"""Instances of SmolLM2 in float32, one thread each, that borrow blocks of each other's KV caches: throughput of a skewed load with
+borrowing and without, in turns; the gain as lengths vary more; the longest context of N ranks; bytes beside the formula.
+
+Writes bench/results/distkv.json.
+
+    python bench/distkv.py [skewed] [variance] [context] [traffic]
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import replace
+from statistics import mean, stdev
+from typing import Any
+
+from harness import ratio, run_parts, side_by_side, summary
+
+from minillm import LLM, EngineOptions, SamplingParams
+from minillm.distkv.spread import answer_bytes
+from minillm.policy.router import Router
+from minillm.ranks.membership import context as rank_context
+
+ROUNDS, SEEDS = 5, 4
+POOL = EngineOptions(num_blocks=40, max_running=16, max_step_tokens=256)  # room for 640 tokens
+WAYS = {
+    "alone": {},
+    "on demand": {"borrowing": True},
+    "planned": {"borrowing": True, "on_demand": False, "move_blocks": 4},
+}
+
+
+class Skewed(Router):
+    """Three of four requests to the first instance."""
+
+    sent = 0
+
+    def prefer(self, present: list[int], prompt: list[int]) -> int:
+        self.sent += 1
+        return present[-1 if self.sent % 8 == 0 else 0]
+
+
+def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Random prompts of these lengths, and parameters for so many new tokens."""
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(5, 40_000) for _ in range(prompt)] for prompt, _ in lengths]
+    return prompts, [SamplingParams(max_tokens=new, ignore_eos=True) for _, new in lengths]
+
+
+def skewed(one: LLM) -> dict[str, Any]:
+    """24 requests of 160 tokens and 64 new ones, seven of eight for one instance; then one of 1.8 times its pool."""
+    prompts, params = requests([(160, 64)] * 24)
+    tokens = sum(each.max_tokens for each in params)
+    long, answer = requests([(int(1.8 * 640) - 16, 17)])
+    with LLM(one.folder, layout="dp=2", device="cpu", options=POOL) as two:
+        each = {name: two.with_options(replace(POOL, **switches), router=Skewed) for name, switches in WAYS.items()}
+        expected = one.generate(prompts, params)
+        same = {
+            name: sum(a.token_ids == b.token_ids for a, b in zip(expected, llm.generate(prompts, params)))
+            for name, llm in each.items()
+        }
+        seconds = side_by_side({name: _run(llm, prompts, params) for name, llm in each.items()}, ROUNDS)
+        try:
+            each["alone"].generate(long, answer)
+            refused = "served"
+        except ValueError as error:
+            refused = str(error)
+        served = each["on demand"].generate(long, answer)[0].token_ids == one.generate(long, answer)[0].token_ids
+    return {
+        "output tokens": tokens,
+        "requests with the same tokens, of 24": same,
+        "seconds": {name: summary(times) for name, times in seconds.items()},
+        "tokens/s": {name: tokens / (summary(times)["median_ms"] / 1e3) for name, times in seconds.items()},
+        "on demand over alone": ratio(seconds["alone"], seconds["on demand"]),
+        "planned over alone": ratio(seconds["alone"], seconds["planned"]),
+        "1.8 pools, alone": refused,
+        "1.8 pools, borrowing: the same tokens": served,
+        "raw_s": seconds,
+    }
+
+
+def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> Any:
+    return lambda: llm.generate(prompts, params)
+
+
+def varied(spread: float, count: int, seed: int) -> list[tuple[int, int]]:
+    """Lengths with the same mean of 160 tokens and this coefficient of variation (log-normal), none longer than a pool."""
+    draw, sigma = random.Random(seed), math.sqrt(math.log(1 + spread**2))
+    each = [draw.lognormvariate(-(sigma**2) / 2, sigma) if spread else 1.0 for _ in range(count)]
+    lengths = [min(540, max(16, round(160 * value))) for value in each]
+    return [(length, 32) for length in lengths]
+
+
+def variance(one: LLM) -> dict[str, Any]:
+    """Lengths that vary more and more, dealt in turn to two instances: what borrowing gains."""
+    found: dict[str, Any] = {}
+    with LLM(one.folder, layout="dp=2", device="cpu", options=POOL) as two:
+        alone = two.with_options(POOL, router="round-robin")
+        lends = two.with_options(replace(POOL, borrowing=True), router="round-robin")
+        for spread in (0.0, 0.5, 1.0, 1.5, 2.0):
+            gains, raw = [], []
+            for seed in range(SEEDS):
+                prompts, params = requests(varied(spread, 20, seed), seed)
+                times = []
+                for llm in (alone, lends):
+                    began = time.perf_counter()
+                    llm.generate(prompts, params)
+                    times.append(time.perf_counter() - began)
+                gains.append(times[0] / times[1])
+                raw.append(times)
+            found[f"coefficient of variation {spread}"] = {"gain": mean(gains), "deviation": stdev(gains), "raw_s": raw}
+    return found
+
+
+def context(one: LLM) -> dict[str, Any]:
+    """The longest prompt that 16 blocks on each of N ranks have room for, run to its end."""
+    found: dict[str, Any] = {}
+    for size in (1, 2, 4):
+        options = EngineOptions(num_blocks=16, max_running=1, max_step_tokens=64)
+        with LLM(one.folder, layout=f"cp={size}" if size > 1 else "", device="cpu", options=options) as llm:
+            longest = llm.engine.num_blocks * options.block_size if size > 1 else 256
+            prompts, params = requests([(longest - 7, 8)])
+            tokens = llm.generate(prompts, params)[0].token_ids
+            wanted = one.generate(prompts, params)[0].token_ids
+            found[f"{size} ranks"] = {
+                "longest": longest,
+                "of N times one": longest / (size * 256),
+                "same": tokens == wanted,
+            }
+    return found
+
+
+def _traffic(instance: str, engine: int) -> tuple[int, int, int]:
+    links = rank_context().held[instance].seats[engine].lending.links._links.values()
+    each = [(link.traffic.queries, link.traffic.answers, link.traffic.blocks) for link in links]
+    return tuple(map(sum, zip((0, 0, 0), *each)))
+
+
+def traffic(one: LLM) -> dict[str, Any]:
+    """What a request with blocks elsewhere sends and receives in each decode step."""
+    config = one.config
+    with LLM(one.folder, layout="dp=2", device="cpu", options=replace(POOL, borrowing=True), router=Skewed) as llm:
+        prompts, _ = requests([(1000, 1)])
+        found = []
+        for new in (1, 33):
+            engine = llm.engine.engines[0]
+            before = engine.instance.ranks.run(_traffic, engine.instance.name, engine.number)[0]
+            llm.generate(prompts, SamplingParams(max_tokens=new, ignore_eos=True))
+            after = engine.instance.ranks.run(_traffic, engine.instance.name, engine.number)[0]
+            found.append([late - early for early, late in zip(before, after)])
+    measured = (found[1][0] + found[1][1] - found[0][0] - found[0][1]) / 32
+    formula = config.layers * answer_bytes(config.heads, config.head_dim, 4)
+    return {"bytes a step": measured, "by formula": formula, "of the formula": measured / formula}
+
+
+if __name__ == "__main__":
+    run_parts("distkv", {"skewed": skewed, "variance": variance, "context": context, "traffic": traffic})
