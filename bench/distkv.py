@@ -22,8 +22,8 @@ from minillm.distkv.spread import answer_bytes
 from minillm.policy.router import Router
 from minillm.ranks.membership import context as rank_context
 
-ROUNDS, SEEDS = 5, 4
-POOL = EngineOptions(num_blocks=40, max_running=16, max_step_tokens=256)  # room for 640 tokens
+ROUNDS, SEEDS = 3, 3
+POOL = EngineOptions(num_blocks=14, max_running=16, max_step_tokens=256)  # room for 224 tokens
 WAYS = {
     "alone": {},
     "on demand": {"borrowing": True},
@@ -32,13 +32,13 @@ WAYS = {
 
 
 class Skewed(Router):
-    """Three of four requests to the first instance."""
+    """One of sixteen requests to the last instance, the others to the first."""
 
     sent = 0
 
     def prefer(self, present: list[int], prompt: list[int]) -> int:
         self.sent += 1
-        return present[-1 if self.sent % 8 == 0 else 0]
+        return present[-1 if self.sent % 16 == 0 else 0]
 
 
 def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -49,10 +49,10 @@ def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[i
 
 
 def skewed(one: LLM) -> dict[str, Any]:
-    """24 requests of 160 tokens and 64 new ones, seven of eight for one instance; then one of 1.8 times its pool."""
-    prompts, params = requests([(160, 64)] * 24)
+    """16 requests of 32 tokens and 64 new ones, all but one for the first instance; then one of 1.8 times its pool."""
+    prompts, params = requests([(32, 64)] * 16)
     tokens = sum(each.max_tokens for each in params)
-    long, answer = requests([(int(1.8 * 640) - 16, 17)])
+    long, answer = requests([(int(1.8 * 224) - 16, 17)])
     with LLM(one.folder, layout="dp=2", device="cpu", options=POOL) as two:
         each = {name: two.with_options(replace(POOL, **switches), router=Skewed) for name, switches in WAYS.items()}
         expected = one.generate(prompts, params)
@@ -69,7 +69,7 @@ def skewed(one: LLM) -> dict[str, Any]:
         served = each["on demand"].generate(long, answer)[0].token_ids == one.generate(long, answer)[0].token_ids
     return {
         "output tokens": tokens,
-        "requests with the same tokens, of 24": same,
+        "requests with the same tokens, of 16": same,
         "seconds": {name: summary(times) for name, times in seconds.items()},
         "tokens/s": {name: tokens / (summary(times)["median_ms"] / 1e3) for name, times in seconds.items()},
         "on demand over alone": ratio(seconds["alone"], seconds["on demand"]),
@@ -85,10 +85,10 @@ def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> An
 
 
 def varied(spread: float, count: int, seed: int) -> list[tuple[int, int]]:
-    """Lengths with the same mean of 160 tokens and this coefficient of variation (log-normal), none longer than a pool."""
+    """Lengths with the same mean of 64 tokens and this coefficient of variation (log-normal), none longer than a pool."""
     draw, sigma = random.Random(seed), math.sqrt(math.log(1 + spread**2))
     each = [draw.lognormvariate(-(sigma**2) / 2, sigma) if spread else 1.0 for _ in range(count)]
-    lengths = [min(540, max(16, round(160 * value))) for value in each]
+    lengths = [min(180, max(8, round(64 * value))) for value in each]
     return [(length, 32) for length in lengths]
 
 
@@ -101,7 +101,7 @@ def variance(one: LLM) -> dict[str, Any]:
         for spread in (0.0, 0.5, 1.0, 1.5, 2.0):
             gains, raw = [], []
             for seed in range(SEEDS):
-                prompts, params = requests(varied(spread, 20, seed), seed)
+                prompts, params = requests(varied(spread, 16, seed), seed)
                 times = []
                 for llm in (alone, lends):
                     began = time.perf_counter()
@@ -141,7 +141,7 @@ def traffic(one: LLM) -> dict[str, Any]:
     """What a request with blocks elsewhere sends and receives in each decode step."""
     config = one.config
     with LLM(one.folder, layout="dp=2", device="cpu", options=replace(POOL, borrowing=True), router=Skewed) as llm:
-        prompts, _ = requests([(1000, 1)])
+        prompts, _ = requests([(300, 1)])
         found = []
         for new in (1, 33):
             engine = llm.engine.engines[0]
