@@ -18,7 +18,7 @@ from minillm.engine.runner import Runner, Work
 from minillm.model.sampling import Draw
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.blocks import BlockPool
-from minillm.policy.lending import Heartbeat
+from minillm.policy.loans import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.scheduler import Scheduler

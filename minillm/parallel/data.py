@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait
 
 from minillm.engine.request import Piece, Request, with_twins
+from minillm.parallel.door import House
 from minillm.parallel.instance import Instance
-from minillm.parallel.links import House
 from minillm.parallel.market import Exchange
 from minillm.parallel.remote import WAIT_S, RemoteEngine
 from minillm.policy.options import EngineOptions

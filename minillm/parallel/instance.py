@@ -18,8 +18,8 @@ import torch
 
 from minillm.model.config import ModelConfig
 from minillm.model.moe import Tally
+from minillm.parallel.door import House
 from minillm.parallel.layout import Layout
-from minillm.parallel.links import House
 from minillm.parallel.member import choices, close_engine, load, open_engine, unload
 from minillm.parallel.messages import Loaded
 from minillm.parallel.sharing import SharedWeights, share_weights

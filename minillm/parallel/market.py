@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from minillm.parallel.remote import RemoteEngine
-from minillm.policy.lending import Heartbeat
+from minillm.policy.loans import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.planning import GManager, PlannedMove
 from minillm.policy.request import Load
@@ -19,6 +19,8 @@ class Exchange:
     """Hears the engines' heartbeats and tells them what others would lend and, unless they borrow on demand, what to move."""
 
     def __init__(self, engines: Sequence[RemoteEngine], options: EngineOptions) -> None:
+        if len({place.node for engine in engines for place in engine.instance.ranks.places}) > 1:
+            raise ValueError("borrowing=True: these instances are on several hosts, and borrow only within one")
         self.engines, self.options = engines, options
         self.manager = GManager([], options.block_size)
         self.beyond = {engine: sum(self._most(other) for other in engines if other is not engine) for engine in engines}

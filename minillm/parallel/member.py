@@ -25,10 +25,11 @@ from minillm.model.config_json import read_config
 from minillm.model.decoder import Decoder
 from minillm.model.moe import Tally
 from minillm.model.tokenizer import Tokenizer
+from minillm.parallel.borrower import Borrower
 from minillm.parallel.context import ContextGroup
+from minillm.parallel.door import Door
 from minillm.parallel.layout import Layout
-from minillm.parallel.lending import Borrower, Lending
-from minillm.parallel.links import Door
+from minillm.parallel.lending import Lending
 from minillm.parallel.loading import check_alike, load_part
 from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.messages import Loaded, Message, Recording, Seen, Told, Turn
@@ -39,7 +40,7 @@ from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.experts import Placement
-from minillm.policy.lending import Heartbeat
+from minillm.policy.loans import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order
 from minillm.ranks.baton import Baton
@@ -127,7 +128,8 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     if door is not None:
         seat.lending = seat.stage.lending = Lending(door, here.rank, cache)
         if seat.engine is not None:
-            seat.engine.borrowing = Borrower(seat.lending, seat.engine.scheduler, options)
+            borrower = Borrower(seat.lending.links, seat.engine.scheduler, options)
+            seat.engine.borrowing = seat.lending.borrower = borrower
     return num_blocks
 
 

@@ -10,7 +10,7 @@ from minillm.engine.engine import Engine
 from minillm.engine.intake import Intake
 from minillm.engine.request import Piece, number
 from minillm.model.sampling import SamplingParams
-from minillm.policy.lending import Heartbeat
+from minillm.policy.loans import Heartbeat
 from minillm.policy.request import Load
 from minillm.trace.life import Event
 from minillm.trace.trace import MemorySample, Span

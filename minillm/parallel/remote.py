@@ -17,12 +17,12 @@ from itertools import count
 from typing import Any
 
 from minillm.engine.request import Piece, Request, with_twins
+from minillm.parallel.door import House
 from minillm.parallel.instance import Instance
-from minillm.parallel.links import House
 from minillm.parallel.member import serve
 from minillm.parallel.messages import Added, Message, Recording, Seen, Turn, add, cancel, follow
 from minillm.policy.blocks import BlockPool
-from minillm.policy.lending import Heartbeat
+from minillm.policy.loans import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.router import RoundRobin, Router

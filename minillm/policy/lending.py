@@ -17,78 +17,10 @@ from dataclasses import dataclass
 
 from minillm.policy.batch import Away, Move
 from minillm.policy.blocks import BlockTable
+from minillm.policy.creditor import Creditor, age_of
+from minillm.policy.loans import Age, Ask, CalledBack, Heartbeat, Notice, Placement, Returned, Unclaimed
 from minillm.policy.request import ScheduledRequest, Status
 from minillm.policy.scheduler import Scheduler
-
-PATIENCE_S = 1.0  # how long a claim or a call stands without being said again
-
-Age = tuple[float, float, int]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a debtor wants of a creditor: room for so many blocks of a request. `firm`: the request cannot run without."""
-
-    creditor: int
-    request_id: int
-    blocks: int
-    age: Age
-    firm: bool = False
-
-
-@dataclass(frozen=True)
-class Returned:
-    """A debtor does not need these blocks of a creditor any more."""
-
-    away: Away
-
-
-@dataclass(frozen=True)
-class Unclaimed:
-    """A debtor has all that it asked for firmly, of this creditor and others."""
-
-    creditor: int
-
-
-@dataclass(frozen=True)
-class CalledBack:
-    """A creditor wants so many blocks back from a debtor, for a request of this age."""
-
-    debtor: int
-    blocks: int
-    age: Age
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where blocks of a request lie: an entry of the heartbeat (`RequestPlacementEntry`)."""
-
-    request_id: int
-    instance: int
-    blocks: int
-    local: bool
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What an instance tells the global manager: requests that run and wait, its blocks, and where those of its requests lie.
-    It would lend `lendable` more blocks; `wanted` are those that its first waiting request lacks, and `tokens` what its running
-    requests have in the cache.
-    """
-
-    instance: int
-    running: int
-    waiting: int
-    free_blocks: int
-    num_blocks: int
-    lendable: int = 0
-    lent_blocks: int = 0
-    wanted: int = 0
-    tokens: int = 0
-    placements: tuple[Placement, ...] = ()
-
-
-Notice = Returned | Unclaimed | CalledBack
 
 
 @dataclass
@@ -99,7 +31,7 @@ class Called:
     age: Age
 
 
-class RManager:
+class RManager(Creditor):
     """The account of instance `number`: what it has lent (`lent`, by debtor), and, in its requests' block tables, what it has borrowed.
 
     It lends at most `most_lent` blocks, and none while its own requests are short. `on_demand`: it borrows whenever its own blocks run
@@ -110,71 +42,16 @@ class RManager:
     def __init__(
         self, number: int, scheduler: Scheduler, most_lent: int, on_demand: bool = True, at_once: int = 1
     ) -> None:
-        self.number, self.scheduler, self.pool = number, scheduler, scheduler.pool
-        self.most_lent, self.on_demand, self.at_once = min(most_lent, self.pool.num_blocks), on_demand, at_once
+        super().__init__(scheduler, most_lent)
+        self.number, self.on_demand, self.at_once = number, on_demand, at_once
         self.view: dict[int, int] = {}  # free blocks of others, as last heard
-        self.lent: dict[int, list[int]] = {}
         self.settled: set[int] = set()  # requests that were called home and borrow no more
         self.planned: deque[tuple[int, int, int]] = deque()
-        self._claims: dict[int, tuple[Age, float]] = {}  # of debtors that cannot run without, and until when
-        self._calls: dict[int, float] = {}  # debtors that were called, and until when
         self._called: dict[int, Called] = {}  # creditors that call
         self._hurry: set[int] = set()  # requests whose blocks move at once
         self._pending: list[Move] = []
         self._landing: set[tuple[int, int]] = set()  # (creditor, block) of moves under way
-        self._notices: list[Notice] = []
         self.gone: set[int] = set()  # who was lost, and does not come back
-        self._over: list[int] = []
-        scheduler.may_start = self._may_start
-
-    # As a creditor
-
-    @property
-    def num_lent(self) -> int:
-        """Blocks that others have here."""
-        return sum(map(len, self.lent.values()))
-
-    def try_move_kvcache(self, debtor: int, ask: Ask, now_s: float) -> tuple[int, ...]:
-        """Reserve blocks for another instance, as many as there is room for; none when its own requests are short. A firm ask is met
-        whole or not at all, and kept in mind: until its request has all that it needs, younger ones do not start here.
-        """
-        room = min(self.most_lent - self.num_lent, self.pool.num_free)
-        if ask.firm:
-            self._claims[debtor] = (ask.age, now_s + PATIENCE_S)
-            older = any(age < ask.age for age, _ in self._claims.values())
-            room = 0 if older or room < ask.blocks else room
-        elif self.scheduler.waiting or self._claims:
-            room = 0
-        else:
-            room -= self._soon()
-        granted = tuple(self.pool.take() for _ in range(max(0, min(room, ask.blocks))))
-        if granted:
-            self.lent.setdefault(debtor, []).extend(granted)
-        return granted
-
-    def take_back(self, debtor: int, blocks: Sequence[int]) -> None:
-        """A debtor has returned these blocks."""
-        for block in blocks:
-            self.lent[debtor].remove(block)
-            self.pool.release(block)
-        if not self.lent[debtor]:
-            del self.lent[debtor]
-            self._calls.pop(debtor, None)
-
-    def _soon(self) -> int:
-        """Blocks that the running requests will take next: for the rest of their prompts, and one more each."""
-        return sum(
-            self.pool.blocks_for(len(request.tokens)) + 1 - len(request.table.blocks)
-            for request in self.scheduler.running
-            if request.table is not None
-        )
-
-    def unclaimed(self, debtor: int) -> None:
-        """A debtor got all that it asked for firmly."""
-        self._claims.pop(debtor, None)
-
-    def _may_start(self, request: ScheduledRequest) -> bool:
-        return all(_age(request) <= age for age, _ in self._claims.values())
 
     # As a debtor
 
@@ -238,11 +115,6 @@ class RManager:
         """Whether moves wait for a step."""
         return bool(self._pending)
 
-    def over(self) -> tuple[int, ...]:
-        """Instances whose blocks here were taken back; said with the next step."""
-        gone, self._over = tuple(self._over), []
-        return gone
-
     def landed(self, moves: Sequence[Move]) -> None:
         """The step that these went with is back."""
         for request in self.scheduler.requests.values():
@@ -269,14 +141,9 @@ class RManager:
 
     def lost(self, instance: int) -> None:
         """An instance is gone: what it borrowed is free, and requests that have blocks there start again."""
-        self._claims.pop(instance, None)
-        self._calls.pop(instance, None)
         self._called.pop(instance, None)
         self.view.pop(instance, None)
-        if blocks := self.lent.pop(instance, []):
-            self._over.append(instance)
-            for block in blocks:
-                self.pool.release(block)
+        self._free(instance)
         self.gone.add(instance)
         self._pending = [move for move in self._pending if move.away.creditor != instance]
         self._landing = {each for each in self._landing if each[0] != instance}
@@ -303,8 +170,7 @@ class RManager:
         )  # fmt: skip
 
     def _expire(self, now_s: float) -> None:
-        self._claims = {debtor: claim for debtor, claim in self._claims.items() if claim[1] > now_s}
-        self._calls = {debtor: until for debtor, until in self._calls.items() if until > now_s}
+        self._forget(now_s)
         self.settled &= self.scheduler.requests.keys()
         self._drop_lost()
         while self.planned and self.planned[0][0] not in self.scheduler.requests:
@@ -319,36 +185,18 @@ class RManager:
             if request.status is Status.RUNNING and not request.in_flight:
                 self.scheduler.preempt(request)
 
-    def _call_back(self, now_s: float) -> None:
-        """Own requests that lack blocks, and older claims, call lent ones back."""
-        if not self.lent:
-            return
-        lacking = self._short()
-        ages = [_age(request) for request in self.scheduler.running[:1]] if lacking > 0 else []
-        if not ages and self.scheduler.waiting:
-            first = self._first(now_s)
-            need = min(self.pool.blocks_for(len(first.tokens)), self.pool.num_blocks)
-            lacking, ages = need - self.pool.num_free, [_age(first)]
-        if self._claims:
-            lacking, ages = max(lacking, self.num_lent), [*ages, *(age for age, _ in self._claims.values())]
-        for debtor, blocks in self.lent.items():
-            if lacking > 0 and debtor not in self._calls:
-                self._calls[debtor] = now_s + PATIENCE_S
-                self._notices.append(CalledBack(debtor, min(lacking, len(blocks)), min(ages)))
-            lacking -= len(blocks)
-
     def _answer_calls(self) -> None:
         """Bring blocks home that creditors call for, those of the youngest request first; where there is no room, the request
         starts again. A call waits for requests that are in a batch.
         """
         for creditor, call in list(self._called.items()):
             holding = [request for request in self.scheduler.requests.values() if self._held_at(creditor, request)]
-            for request in sorted(holding, key=_age, reverse=True):
+            for request in sorted(holding, key=age_of, reverse=True):
                 if call.blocks <= 0:
                     break
                 count = self._held_at(creditor, request)
                 if self.scheduler.outgrows(request):
-                    if _age(request) <= call.age or request.in_flight:
+                    if age_of(request) <= call.age or request.in_flight:
                         continue
                     self._give_up(request)
                 elif request.in_flight or self._moving(request):
@@ -359,7 +207,7 @@ class RManager:
                 call.blocks -= count
             if call.blocks <= 0 or not any(
                 (request.in_flight or self._moving(request))
-                and not (self.scheduler.outgrows(request) and _age(request) <= call.age)
+                and not (self.scheduler.outgrows(request) and age_of(request) <= call.age)
                 for request in holding
             ):
                 del self._called[creditor]
@@ -401,10 +249,6 @@ class RManager:
         present = [each for each in self.view if each not in self.gone]
         return sorted(present, key=lambda each: (-self.view[each], each))
 
-    def _first(self, now_s: float) -> ScheduledRequest:
-        """Who starts next."""
-        return min(self.scheduler.waiting, key=lambda each: self.scheduler.order(each, now_s))
-
     def _for_outgrown(self, now_s: float) -> list[Ask]:
         """All that the first waiting request needs and cannot have here, once its own part is free here."""
         if not self.scheduler.waiting:
@@ -423,18 +267,9 @@ class RManager:
             count = (
                 min(needed, self.view[creditor]) or needed
             )  # what it is said to have; who has nothing is told of the need
-            asks.append(Ask(creditor, first.request_id, count, _age(first), firm=True))
+            asks.append(Ask(creditor, first.request_id, count, age_of(first), firm=True))
             needed -= min(needed, self.view[creditor])
         return asks
-
-    def _short(self) -> int:
-        """Blocks that the running requests' next tokens lack."""
-        need = 0
-        for request in self.scheduler.running:
-            if request.remaining and request.table is not None:
-                start = request.computed + request.in_flight
-                need += request.table.missing(start, start + 1)
-        return need - self.pool.num_free - self.pool.leaving
 
     def _for_short(self, now_s: float) -> list[Ask]:
         """Room for as many blocks as the next step lacks or, on demand, as the first waiting request lacks."""
@@ -452,7 +287,7 @@ class RManager:
             for creditor in self._creditors():
                 some = min(count, lacking, self.view[creditor])
                 if some > 0:
-                    asks.append(Ask(creditor, request.request_id, some, _age(request)))
+                    asks.append(Ask(creditor, request.request_id, some, age_of(request)))
                     self._hurry.add(request.request_id)
                     count, lacking = count - some, lacking - some
         return asks
@@ -485,7 +320,7 @@ class RManager:
         if request is None or request.status is not Status.RUNNING or creditor in self.gone:
             return []
         count = min(blocks, self._movable(request))
-        return [Ask(creditor, request_id, count, _age(request))] if count > 0 else []
+        return [Ask(creditor, request_id, count, age_of(request))] if count > 0 else []
 
     def _note(self, moves: list[Move]) -> None:
         self._pending += moves
@@ -509,8 +344,3 @@ class RManager:
 
     def _in_use(self, move: Move) -> bool:
         return any(self.pool.references[block] for block in move.blocks)
-
-
-def _age(request: ScheduledRequest) -> Age:
-    """What is compared between instances: who is lower came first."""
-    return request.priority, request.arrival_s, request.request_id

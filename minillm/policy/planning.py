@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from minillm.policy.lending import Heartbeat
+from minillm.policy.loans import Heartbeat
 
 
 class Ledger:

@@ -19,6 +19,7 @@ from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, SamplingParams
 from minillm.distkv.spread import answer_bytes
+from minillm.engine.request import Request
 from minillm.policy.router import Router
 from minillm.ranks.membership import context
 from minillm.trace.life import Event
@@ -78,6 +79,17 @@ def told(llm: LLM) -> list[tuple[int, int]]:
             return found
         time.sleep(0.02)
     return found
+
+
+def until_borrowed(llm: LLM, prompts: list[list[int]], params: SamplingParams, blocks: int = 1) -> list[Request]:
+    """Requests that run, once the first instance has told that it has borrowed so many blocks."""
+    requests = llm.prepare(prompts, params)
+    llm.submit(requests)
+    while True:
+        llm.step()
+        beat = llm.engine.engines[0].beat
+        if beat and sum(entry.blocks for entry in beat.placements if not entry.local) >= blocks:
+            return requests
 
 
 def traffic(instance: str, engine: int) -> tuple[int, int, int]:
@@ -149,11 +161,8 @@ def test_a_creditor_that_dies_costs_only_what_was_borrowed(one: LLM, folder: Pat
     options = replace(SMALL, num_blocks=64)
     with LLM(folder, layout, device="cpu", options=options, router=First) as llm, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        requests = llm.prepare([*PROMPTS, GIANT], SamplingParams(max_tokens=90, ignore_eos=True))
-        llm.submit(requests)
+        requests = until_borrowed(llm, [*PROMPTS, GIANT], SamplingParams(max_tokens=90, ignore_eos=True))
         pids = llm.instances[0].ranks.pids
-        while not any(entry for entry in _borrowed(llm)):
-            llm.step()
         os.kill(llm.instances[1].ranks.pids[which], signal.SIGKILL)
         while llm.engine.requests:
             llm.step()
@@ -166,19 +175,11 @@ def test_a_creditor_that_dies_costs_only_what_was_borrowed(one: LLM, folder: Pat
         assert [each.token_ids for each in llm.generate(PROMPTS, LONG)] == [each[:30] for each in expected[:5]]
 
 
-def _borrowed(llm: LLM) -> list[int]:
-    beat = llm.engine.engines[0].beat
-    return [entry.blocks for entry in beat.placements if not entry.local] if beat else []
-
-
 def test_a_creditor_that_stands_still_is_given_up(one: LLM, folder: Path) -> None:
     expected = [each.token_ids for each in one.generate(PROMPTS, LONG)]
     with LLM(folder, "dp=2", device="cpu", options=SMALL, router=First) as llm, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        requests = llm.prepare(PROMPTS, LONG)
-        llm.submit(requests)
-        while not _borrowed(llm):
-            llm.step()
+        requests = until_borrowed(llm, PROMPTS, LONG)
         pid = llm.instances[1].ranks.pids[0]
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -193,10 +194,7 @@ def test_a_debtor_that_dies_leaves_nothing_behind(one: LLM, folder: Path) -> Non
     expected = [each.token_ids for each in one.generate(PROMPTS, LONG)]
     with LLM(folder, "dp=2", device="cpu", options=SMALL, router=First) as llm, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        requests = llm.prepare(PROMPTS, LONG)
-        llm.submit(requests)
-        while not _borrowed(llm):
-            llm.step()
+        requests = until_borrowed(llm, PROMPTS, LONG)
         os.kill(llm.instances[0].ranks.pids[0], signal.SIGKILL)
         while llm.engine.requests:
             llm.step()
@@ -215,10 +213,7 @@ def test_a_creditor_gets_its_memory_back(one: LLM, folder: Path) -> None:
     long = SamplingParams(max_tokens=36, ignore_eos=True)
     expected = [each.token_ids for each in one.generate([*PROMPTS, *own], long)]
     with LLM(folder, "dp=2", device="cpu", options=SMALL, router=First) as llm:
-        first = llm.prepare(PROMPTS, long)
-        llm.submit(first)
-        while sum(_borrowed(llm)) < 4:
-            llm.step()
+        first = until_borrowed(llm, PROMPTS, long, 4)
         second = llm.prepare(own, long)
         llm.submit(second)
         while llm.engine.requests:

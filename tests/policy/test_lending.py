@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from minillm.policy.batch import Batch
 from minillm.policy.blocks import AWAY, BlockPool
-from minillm.policy.lending import Ask, CalledBack, Returned, RManager, Unclaimed
+from minillm.policy.lending import RManager
+from minillm.policy.loans import Ask, CalledBack, Returned, Unclaimed
 from minillm.policy.options import EngineOptions
 from minillm.policy.planning import GManager
 from minillm.policy.request import ScheduledRequest

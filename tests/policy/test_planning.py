@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.policy.lending import Heartbeat, Placement
+from minillm.policy.loans import Heartbeat, Placement
 from minillm.policy.planning import GManager, Ledger, Pace
 
 
