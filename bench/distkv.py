@@ -22,8 +22,9 @@ from minillm.distkv.spread import answer_bytes
 from minillm.policy.router import Router
 from minillm.ranks.membership import context as rank_context
 
-ROUNDS, SEEDS = 3, 3
-POOL = EngineOptions(num_blocks=14, max_running=16, max_step_tokens=256)  # room for 224 tokens
+ROUNDS, SEEDS = 3, 4
+POOLS = 7, 14, 28
+POOL = EngineOptions(num_blocks=POOLS[0], max_running=16, max_step_tokens=256)  # room for 112 tokens
 WAYS = {
     "alone": {},
     "on demand": {"borrowing": True},
@@ -32,13 +33,13 @@ WAYS = {
 
 
 class Skewed(Router):
-    """One of sixteen requests to the last instance, the others to the first."""
+    """One of eight requests to the last instance, the others to the first."""
 
     sent = 0
 
     def prefer(self, present: list[int], prompt: list[int]) -> int:
         self.sent += 1
-        return present[-1 if self.sent % 16 == 0 else 0]
+        return present[-1 if self.sent % 8 == 0 else 0]
 
 
 def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -49,35 +50,46 @@ def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[i
 
 
 def skewed(one: LLM) -> dict[str, Any]:
-    """16 requests of 32 tokens and 64 new ones, all but one for the first instance; then one of 1.8 times its pool."""
-    prompts, params = requests([(32, 64)] * 16)
-    tokens = sum(each.max_tokens for each in params)
-    long, answer = requests([(int(1.8 * 224) - 16, 17)])
-    with LLM(one.folder, layout="dp=2", device="cpu", options=POOL) as two:
-        each = {name: two.with_options(replace(POOL, **switches), router=Skewed) for name, switches in WAYS.items()}
-        expected = one.generate(prompts, params)
-        same = {
-            name: sum(a.token_ids == b.token_ids for a, b in zip(expected, llm.generate(prompts, params)))
-            for name, llm in each.items()
+    """8 requests of 16 tokens and 80 new ones, 7 of them for the first instance, with pools of several sizes; then one of 1.8
+    times the smallest pool.
+    """
+    prompts, params = requests([(16, 80)] * 8)
+    expected = [each.token_ids for each in one.generate(prompts, params)]
+    found: dict[str, Any] = {"output tokens": sum(each.max_tokens for each in params)}
+    for blocks in POOLS:
+        pool = replace(POOL, num_blocks=blocks)
+        with LLM(one.folder, layout="dp=2", device="cpu", options=pool) as two:
+            each = {name: two.with_options(replace(pool, **switches), router=Skewed) for name, switches in WAYS.items()}
+            same = {
+                name: sum(a == b.token_ids for a, b in zip(expected, llm.generate(prompts, params)))
+                for name, llm in each.items()
+            }
+            seconds = side_by_side({name: _run(llm, prompts, params) for name, llm in each.items()}, ROUNDS)
+            if pool == POOL:
+                found |= _longest(one, each)
+        found[f"pools of {blocks} blocks"] = {
+            "requests with the same tokens, of 8": same,
+            "seconds": {name: summary(times) for name, times in seconds.items()},
+            "tokens/s": {
+                name: found["output tokens"] / (summary(times)["median_ms"] / 1e3) for name, times in seconds.items()
+            },
+            "on demand over alone": ratio(seconds["alone"], seconds["on demand"]),
+            "planned over alone": ratio(seconds["alone"], seconds["planned"]),
+            "raw_s": seconds,
         }
-        seconds = side_by_side({name: _run(llm, prompts, params) for name, llm in each.items()}, ROUNDS)
-        try:
-            each["alone"].generate(long, answer)
-            refused = "served"
-        except ValueError as error:
-            refused = str(error)
-        served = each["on demand"].generate(long, answer)[0].token_ids == one.generate(long, answer)[0].token_ids
-    return {
-        "output tokens": tokens,
-        "requests with the same tokens, of 16": same,
-        "seconds": {name: summary(times) for name, times in seconds.items()},
-        "tokens/s": {name: tokens / (summary(times)["median_ms"] / 1e3) for name, times in seconds.items()},
-        "on demand over alone": ratio(seconds["alone"], seconds["on demand"]),
-        "planned over alone": ratio(seconds["alone"], seconds["planned"]),
-        "1.8 pools, alone": refused,
-        "1.8 pools, borrowing: the same tokens": served,
-        "raw_s": seconds,
-    }
+    return found
+
+
+def _longest(one: LLM, each: dict[str, LLM]) -> dict[str, Any]:
+    """A request of 1.8 times one pool, for the first instance."""
+    long, answer = requests([(int(1.8 * POOL.num_blocks * POOL.block_size) - 16, 17)])
+    try:
+        each["alone"].generate(long, answer)
+        refused = "served"
+    except ValueError as error:
+        refused = str(error)
+    served = each["on demand"].generate(long, answer)[0].token_ids == one.generate(long, answer)[0].token_ids
+    return {"1.8 pools, alone": refused, "1.8 pools, borrowing: the same tokens": served}
 
 
 def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> Any:
@@ -85,31 +97,38 @@ def _run(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> An
 
 
 def varied(spread: float, count: int, seed: int) -> list[tuple[int, int]]:
-    """Lengths with the same mean of 64 tokens and this coefficient of variation (log-normal), none longer than a pool."""
+    """Answers to 16 tokens, of 40 tokens on average and, before they are cut to what a pool of 10 blocks holds, with this coefficient
+    of variation (log-normal).
+    """
     draw, sigma = random.Random(seed), math.sqrt(math.log(1 + spread**2))
     each = [draw.lognormvariate(-(sigma**2) / 2, sigma) if spread else 1.0 for _ in range(count)]
-    lengths = [min(180, max(8, round(64 * value))) for value in each]
-    return [(length, 32) for length in lengths]
+    return [(16, min(144, max(4, round(40 * value)))) for value in each]
 
 
 def variance(one: LLM) -> dict[str, Any]:
-    """Lengths that vary more and more, dealt in turn to two instances: what borrowing gains."""
+    """Answers whose lengths vary more and more, dealt in turn to two instances: what borrowing gains."""
     found: dict[str, Any] = {}
-    with LLM(one.folder, layout="dp=2", device="cpu", options=POOL) as two:
-        alone = two.with_options(POOL, router="round-robin")
-        lends = two.with_options(replace(POOL, borrowing=True), router="round-robin")
+    pool = replace(POOL, num_blocks=10)
+    with LLM(one.folder, layout="dp=2", device="cpu", options=pool) as two:
+        alone = two.with_options(pool, router="round-robin")
+        lends = two.with_options(replace(pool, borrowing=True), router="round-robin")
         for spread in (0.0, 0.5, 1.0, 1.5, 2.0):
-            gains, raw = [], []
+            gains, raw, really = [], [], []
             for seed in range(SEEDS):
-                prompts, params = requests(varied(spread, 16, seed), seed)
+                lengths = varied(spread, 24, seed)
+                prompts, params = requests(lengths, seed)
                 times = []
                 for llm in (alone, lends):
                     began = time.perf_counter()
                     llm.generate(prompts, params)
                     times.append(time.perf_counter() - began)
                 gains.append(times[0] / times[1])
+                really.append(stdev(new for _, new in lengths) / mean(new for _, new in lengths))
                 raw.append(times)
-            found[f"coefficient of variation {spread}"] = {"gain": mean(gains), "deviation": stdev(gains), "raw_s": raw}
+            found[f"coefficient of variation {spread}"] = {
+                "gain": mean(gains), "deviation": stdev(gains), "of the lengths drawn": mean(really), "raw_s": raw
+            }  # fmt: skip
+            print(spread, found[f"coefficient of variation {spread}"], flush=True)
     return found
 
 
@@ -141,7 +160,7 @@ def traffic(one: LLM) -> dict[str, Any]:
     """What a request with blocks elsewhere sends and receives in each decode step."""
     config = one.config
     with LLM(one.folder, layout="dp=2", device="cpu", options=replace(POOL, borrowing=True), router=Skewed) as llm:
-        prompts, _ = requests([(300, 1)])
+        prompts, _ = requests([(150, 1)])
         found = []
         for new in (1, 33):
             engine = llm.engine.engines[0]

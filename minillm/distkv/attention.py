@@ -77,25 +77,25 @@ def partial_attention(
 
 
 def paged_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, hidden: torch.Tensor
 ) -> Partial:
-    """One query of each of several sequences, to keys that lie in blocks.
+    """One query of each of several sequences, to keys that lie in blocks, at least one key each.
 
-    q [sequences, heads, head_dim], keys and values [blocks of the pool, kv_heads, block_size, head_dim], `tables`
-    [sequences, most blocks] (any block where a sequence has fewer), `lengths` [sequences] says how many keys each has there.
+    q [sequences, heads, head_dim], keys and values [blocks of the pool, kv_heads, block_size, head_dim]. `blocks` has the same
+    number for each sequence, one sequence after the other, any block where one has fewer; `hidden` [sequences, 1, keys] adds −∞ to
+    what is no key of a sequence. The part comes divided by its sum: m is log Σ exp(s), and l is 1.
     """
     rows, heads, head_dim = q.shape
-    kv_heads, block_size = keys.shape[1], keys.shape[2]
-    most = tables.shape[1] * block_size
-    near, far = (pool[tables].transpose(1, 2).reshape(rows, kv_heads, most, head_dim) for pool in (keys, values))
-    grouped = (q * head_dim**-0.5).view(rows, kv_heads, heads // kv_heads, head_dim)
-    scores = (grouped @ near.transpose(-1, -2)).to(wide(q.dtype))  # [rows, kv_heads, group, most]
-    past = torch.arange(most, device=q.device) >= lengths[:, None]
-    scores = scores.masked_fill(past[:, None, None], -torch.inf)
-    m = scores.amax(-1)
-    weights = torch.exp(scores - m.masked_fill(m == -torch.inf, 0.0)[..., None])
-    o = (weights.to(q.dtype) @ far).to(scores.dtype)
-    return Partial(o.view(rows, heads, head_dim), m.view(rows, heads), weights.sum(-1).view(rows, heads))
+    kv_heads = keys.shape[1]
+    near, far = (  # [kv_heads, sequences, keys, head_dim]
+        pool.transpose(0, 1).index_select(1, blocks).view(kv_heads, rows, hidden.shape[-1], head_dim)
+        for pool in (keys, values)
+    )
+    grouped = (q * head_dim**-0.5).view(rows, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
+    scores = (grouped @ near.transpose(-1, -2)).to(wide(q.dtype)).add_(hidden)  # [kv_heads, sequences, group, keys]
+    m = torch.logsumexp(scores, dim=-1).transpose(0, 1).reshape(rows, heads)
+    o = (torch.softmax(scores, dim=-1).to(q.dtype) @ far).to(scores.dtype)
+    return Partial(o.transpose(0, 1).reshape(rows, heads, head_dim), m, torch.ones_like(m))
 
 
 def merge_all(parts: Iterable[Partial]) -> Partial:

@@ -17,8 +17,8 @@ class Lookup:
     """
 
     singles: torch.Tensor
-    tables: torch.Tensor
-    lengths: torch.Tensor
+    blocks: torch.Tensor
+    hidden: torch.Tensor
     prompts: list[tuple[slice, torch.Tensor, torch.Tensor | None]]
 
     @classmethod
@@ -28,14 +28,14 @@ class Lookup:
         blocks: Sequence[Sequence[int]],
         block_size: int,
         device: torch.device,
-        starts: Sequence[int | None] = (),
+        starts: Sequence[int] = (),
     ) -> Lookup:
         """`rows` of each sequence and its blocks, in order. With `starts`, the first query's place among the keys; else all are seen."""
         begins = [sum(rows[:n]) for n in range(len(rows))]
         alone = [n for n, asking in enumerate(rows) if asking == 1]
         most = max((len(blocks[n]) for n in alone), default=0)
         tables = [[*blocks[n], *[0] * (most - len(blocks[n]))] for n in alone]
-        lengths = [starts[n] + 1 if starts else len(blocks[n]) * block_size for n in alone]  # type: ignore[operator]
+        lengths = [starts[n] + 1 if starts else len(blocks[n]) * block_size for n in alone]
         prompts = []
         for n, asking in enumerate(rows):
             if asking == 1:
@@ -43,19 +43,23 @@ class Lookup:
             seen = None
             if starts:
                 places = torch.arange(len(blocks[n]) * block_size, device=device)
-                seen = places <= torch.arange(starts[n], starts[n] + asking, device=device)[:, None]  # type: ignore[arg-type,operator]
+                seen = places <= torch.arange(starts[n], starts[n] + asking, device=device)[:, None]
             prompts.append((slice(begins[n], begins[n] + asking), torch.tensor(blocks[n], device=device), seen))
+        past = torch.arange(most * block_size) >= torch.tensor(lengths, dtype=torch.int64)[:, None]
         return cls(
             torch.tensor([begins[n] for n in alone], dtype=torch.int64, device=device),
-            torch.tensor(tables, dtype=torch.int64, device=device).view(len(alone), most),
-            torch.tensor(lengths, dtype=torch.int64, device=device), prompts,
-        )  # fmt: skip
+            torch.tensor(tables, dtype=torch.int64, device=device).flatten(),
+            torch.zeros(past.shape).masked_fill_(past, -torch.inf)[:, None].to(device),
+            prompts,
+        )
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Partial:
         """What the blocks of a layer say to the queries [rows, heads, head_dim]."""
+        if not self.prompts:
+            return paged_attention(q, keys, values, self.blocks, self.hidden)
         total = Partial.nothing(q)
         if len(self.singles):
-            part = paged_attention(q[self.singles], keys, values, self.tables, self.lengths)
+            part = paged_attention(q[self.singles], keys, values, self.blocks, self.hidden)
             total.o[self.singles], total.m[self.singles], total.l[self.singles] = part.o, part.m, part.l
         for rows, blocks, seen in self.prompts:
             flat = [pool[blocks].transpose(0, 1).flatten(1, 2) for pool in (keys, values)]

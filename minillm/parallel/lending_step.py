@@ -23,14 +23,19 @@ class LendingStep:
     def __init__(self, links: Links, model: Decoder, batch: Batch, cache: PagedCache, bad: set[int]) -> None:
         device, size = model.device, cache.block_size
         begins = [end - len(chunk.token_ids) for chunk, end in zip(batch.chunks, batch.ends)]
-        far = [n for n, chunk in enumerate(batch.chunks) if chunk.away]
-        near = [n for n, chunk in enumerate(batch.chunks) if not chunk.away]
+        asking = any(
+            chunk.away for chunk in batch.chunks
+        )  # then single tokens are read together, wherever their blocks are
+        far = [n for n, chunk in enumerate(batch.chunks) if chunk.away or (asking and len(chunk.token_ids) == 1)]
+        near = [n for n in range(len(batch.chunks)) if n not in set(far)]
         self.cos, self.sin = model.turn(torch.tensor(batch.positions, device=device))
         self.heads, self.sent, self.device = model.config.heads, 0, device
         rows = lambda some: [begins[n] + at for n in some for at in range(len(batch.chunks[n].token_ids))]  # noqa: E731
         self.near, self.far = (torch.tensor(rows(some), dtype=torch.int64, device=device) for some in (near, far))
         self.spoiled = torch.tensor(
-            rows([n for n in near if bad & set(batch.chunks[n].block_table)]), dtype=torch.int64, device=device
+            rows([n for n, chunk in enumerate(batch.chunks) if bad & set(chunk.block_table)]),
+            dtype=torch.int64,
+            device=device,
         )
         self.plain = None
         if near:
