@@ -3,7 +3,7 @@ borrowing and without, in turns; the gain as lengths vary more; the longest cont
 
 Writes bench/results/distkv.json.
 
-    python bench/distkv.py [skewed] [variance] [context] [traffic]
+    python bench/distkv.py [skewed] [kinds] [dealt] [context] [traffic]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minillm.policy.router import Router
 from minillm.ranks.membership import context as rank_context
 
 ROUNDS, SEEDS = 3, 4
-POOLS = 7, 14, 28
+POOLS = 7, 14
 POOL = EngineOptions(num_blocks=POOLS[0], max_running=16, max_step_tokens=256)  # room for 112 tokens
 WAYS = {
     "alone": {},
@@ -33,13 +33,13 @@ WAYS = {
 
 
 class Skewed(Router):
-    """One of eight requests to the last instance, the others to the first."""
+    """One of sixteen requests to the last instance, the others to the first."""
 
     sent = 0
 
     def prefer(self, present: list[int], prompt: list[int]) -> int:
         self.sent += 1
-        return present[-1 if self.sent % 8 == 0 else 0]
+        return present[-1 if self.sent % 16 == 0 else 0]
 
 
 def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -50,10 +50,10 @@ def requests(lengths: list[tuple[int, int]], seed: int = 0) -> tuple[list[list[i
 
 
 def skewed(one: LLM) -> dict[str, Any]:
-    """8 requests of 16 tokens and 80 new ones, 7 of them for the first instance, with pools of several sizes; then one of 1.8
+    """16 requests of 16 tokens and 80 new ones, 15 of them for the first instance, with pools of several sizes; then one of 1.8
     times the smallest pool.
     """
-    prompts, params = requests([(16, 80)] * 8)
+    prompts, params = requests([(16, 80)] * 16)
     expected = [each.token_ids for each in one.generate(prompts, params)]
     found: dict[str, Any] = {"output tokens": sum(each.max_tokens for each in params)}
     for blocks in POOLS:
@@ -68,7 +68,7 @@ def skewed(one: LLM) -> dict[str, Any]:
             if pool == POOL:
                 found |= _longest(one, each)
         found[f"pools of {blocks} blocks"] = {
-            "requests with the same tokens, of 8": same,
+            "requests with the same tokens, of 16": same,
             "seconds": {name: summary(times) for name, times in seconds.items()},
             "tokens/s": {
                 name: found["output tokens"] / (summary(times)["median_ms"] / 1e3) for name, times in seconds.items()
@@ -105,28 +105,47 @@ def varied(spread: float, count: int, seed: int) -> list[tuple[int, int]]:
     return [(16, min(144, max(4, round(40 * value)))) for value in each]
 
 
-def variance(one: LLM) -> dict[str, Any]:
+def dealt(one: LLM) -> dict[str, Any]:
     """Answers whose lengths vary more and more, dealt in turn to two instances: what borrowing gains."""
+    return _gains(
+        one, 10, {spread: [varied(spread, 24, seed) for seed in range(SEEDS)] for spread in (0.0, 0.5, 1.0, 1.5, 2.0)}
+    )
+
+
+def kinds(one: LLM) -> dict[str, Any]:
+    """Requests of two kinds, long and short answers, each for an instance of its own: the first has 1 + c times the mean, the second
+    1 - c times, so that c is the coefficient of variation; by chance each is up to 5 % longer or shorter.
+    """
+    loads = {}
+    for spread in (0.0, 0.2, 0.4, 0.6, 0.8):
+        draws = [random.Random(seed) for seed in range(SEEDS)]
+        loads[spread] = [
+            [(16, round(40 * (1 + spread * (-1) ** n) * draw.uniform(0.95, 1.05))) for n in range(16)] for draw in draws
+        ]
+    return _gains(one, 7, loads)
+
+
+def _gains(one: LLM, blocks: int, loads: dict[float, list[list[tuple[int, int]]]]) -> dict[str, Any]:
+    """By coefficient of variation: how many times as fast two instances with borrowing are, over several loads."""
     found: dict[str, Any] = {}
-    pool = replace(POOL, num_blocks=10)
+    pool = replace(POOL, num_blocks=blocks)
     with LLM(one.folder, layout="dp=2", device="cpu", options=pool) as two:
         alone = two.with_options(pool, router="round-robin")
         lends = two.with_options(replace(pool, borrowing=True), router="round-robin")
-        for spread in (0.0, 0.5, 1.0, 1.5, 2.0):
-            gains, raw, really = [], [], []
-            for seed in range(SEEDS):
-                lengths = varied(spread, 24, seed)
+        for spread, each in loads.items():
+            raw = []
+            for seed, lengths in enumerate(each):
                 prompts, params = requests(lengths, seed)
-                times = []
+                raw.append([])
                 for llm in (alone, lends):
                     began = time.perf_counter()
                     llm.generate(prompts, params)
-                    times.append(time.perf_counter() - began)
-                gains.append(times[0] / times[1])
-                really.append(stdev(new for _, new in lengths) / mean(new for _, new in lengths))
-                raw.append(times)
+                    raw[-1].append(time.perf_counter() - began)
+            gains = [times[0] / times[1] for times in raw]
+            news = [[new for _, new in lengths] for lengths in each]
             found[f"coefficient of variation {spread}"] = {
-                "gain": mean(gains), "deviation": stdev(gains), "of the lengths drawn": mean(really), "raw_s": raw
+                "gain": mean(gains), "deviation": stdev(gains), "of the lengths drawn": mean(stdev(new) / mean(new) for new in news),
+                "raw_s": raw,
             }  # fmt: skip
             print(spread, found[f"coefficient of variation {spread}"], flush=True)
     return found
@@ -174,4 +193,4 @@ def traffic(one: LLM) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_parts("distkv", {"skewed": skewed, "variance": variance, "context": context, "traffic": traffic})
+    run_parts("distkv", {"skewed": skewed, "kinds": kinds, "dealt": dealt, "context": context, "traffic": traffic})

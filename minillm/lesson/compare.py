@@ -29,7 +29,9 @@ def first_difference(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, 
 
 
 def _same(wanted: Any, have: Any) -> bool:
-    """Numbers by value, whole ones exactly, in a one-element tensor too; anything else is no result."""
+    """Numbers by value, whole ones exactly, in a one-element tensor too; anything else is no result, but None where nothing is wanted."""
+    if wanted is None:
+        return have is None
     if isinstance(have, torch.Tensor) and have.numel() == 1:
         have = have.item()
     if type(have) not in (int, float, bool):

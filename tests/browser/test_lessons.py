@@ -429,3 +429,27 @@ def test_lesson_10(browser: Any, lab: str) -> None:
     card.screenshot(path=SHOTS / "10-wide.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_11(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "11_distattention.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "11")
+    guess_a_factor(page, page.locator(".minillm-card", has_text="how many times as fast are four ranks"), 0.4)
+    ask = page.locator(".minillm-card", has_text="What comes out?")
+    ask.first.locator("button", has_text="fluent text").click()
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert "averaged" in ask.last.inner_text()
+    card = turn(page, "What does each rank say?", "uneven", "one is empty", "one rank")
+    card.screenshot(path=SHOTS / "11-one-rank.png")
+    card = turn(page, "What does each rank say?", "one is empty")
+    card.screenshot(path=SHOTS / "11-empty.png")
+    card = turn(page, "Who should travel?", "Llama-3.1-405B")
+    for slider in card.locator("input[type=range]").all():
+        slider.focus()
+        page.keyboard.press("End")
+    page.wait_for_timeout(1000)
+    card.screenshot(path=SHOTS / "11-travel.png")
+    assert page.broken == []
+    page.close()

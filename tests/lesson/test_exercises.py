@@ -55,6 +55,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     ROUTE,
     PACK,
     DISPATCH,
+    MERGE,
+    TRAVEL,
+    ASK,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -91,6 +94,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "10.route",
         "10.pack",
         "10.dispatch",
+        "11.merge",
+        "11.travel",
+        "11.ask",
     )  # fmt: skip
 )
 
@@ -258,6 +264,18 @@ WRONG = {
     "10.pack, one twice": ("10.pack", PACK.replace("return shares", "return [shares[0]] * ranks"), ["2 experts on 2 ranks: expert 0 is there 2 times; expected once"]),
     "10.pack, sums for experts": ("10.pack", PACK.replace("return shares", "return [sum(share) for share in shares]"), ["return a list with the experts of each of the 2 ranks, not [0, 1]"]),
     "10.pack, counted from one": ("10.pack", PACK.replace("return shares", "return [[held + 1 for held in share] for share in shares]"), ["rank 1 has 2; there are experts 0 to 1"]),
+    "11.merge, the mean": ("11.merge", EXERCISES["11.merge"].starter.replace("# MEND", "# mine"), ["one has more keys: number 0: expected 0.75, got 0.5"]),
+    "11.merge, no common scale": ("11.merge", MERGE.replace("weight * ", ""), ["one has the better key: number 0: expected"]),
+    "11.merge, powers too large": ("11.merge", MERGE.replace("m - most", "m"), ["high scores: OverflowError", "math.exp(m)"]),
+    "11.merge, on the scale of the first": ("11.merge", MERGE.replace("max(m for m, l, o in parts)", "parts[0][0]"), ["the first is empty: "]),
+    "11.merge, one number": ("11.merge", "def merge(parts):\n    return sum(o[0] for m, l, o in parts)", ["two ranks alike: return a list of 2 numbers, as o has, not 1.0"]),
+    "11.travel, nothing back": ("11.travel", EXERCISES["11.travel"].starter.replace("# MEND", "# mine"), ["one token decodes: bytes: expected 4,680, got 2,304"]),
+    "11.travel, without m and l": ("11.travel", TRAVEL.replace(" + 2)", ")"), ["one token decodes: bytes: expected 4,680, got 4,608"]),
+    "11.travel, a key for each head": ("11.travel", TRAVEL.replace("kv_heads * 2", "heads * 2"), ["a prompt asks one block: bytes: expected 24,576, got 73,728"]),
+    "11.ask, all keys": ("11.ask", EXERCISES["11.ask"].starter.replace("# MEND", "# mine"), ["2 ranks, 3 keys each: the results are right. It took 48 bytes of messages; the target is 24, 2.0× as much"]),
+    "11.ask, empty ranks too": ("11.ask", ASK.replace(" if lengths[rank]]", "]").replace("        if keys:\n            comm.send", "        if True:\n            comm.send"), ["4 ranks, none on rank 2: the results are right. It took 72 bytes of messages; the target is 48, 1.5× as much"]),
+    "11.ask, no answer": ("11.ask", ASK.replace("comm.send(part(comm.recv(torch.empty(2), source=0)), to=0)", "comm.recv(torch.empty(2), source=0)"), ["nobody can go on:", "rank 0 waits"]),
+    "11.ask, its own keys forgotten": ("11.ask", ASK.replace("[part(q), *[comm", "[*[comm"), ["2 ranks, 3 keys each: rank 0 at [0]: expected"]),
     "10.dispatch, all to all ranks": ("10.dispatch", EXERCISES["10.dispatch"].starter.replace("# MEND", "# mine"), ["2 ranks, each token with one expert: the results are right. It took 112 bytes of messages; the target is 32, 3.5× as much"]),
     "10.dispatch, for each expert": ("10.dispatch", PER_PAIR, ["2 ranks, both experts on one of them: the results are right. It took 48 bytes of messages; the target is 32, 1.5× as much"]),
     "10.dispatch, no answer": ("10.dispatch", DISPATCH.replace("back = comm.all_to_all(came * factors[:, None], recv, send)", "back = came * factors[:, None]"), ["2 ranks, each token with one expert: rank 0 at [1, 0]: expected 4, got 55"]),
