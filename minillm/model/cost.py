@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from minillm.hardware.devices import Device
 from minillm.model.config import DTYPE_BYTES, ModelConfig
-from minillm.policy.batch import Batch
+from minillm.policy.batch import Batch, Chunk
 
 USABLE = 0.9  # of a device's memory
 
@@ -154,3 +154,9 @@ def pass_cost(
     return PassCost(
         products + head_cost(config, batch, size, every_row) if head else products, attention * config.layers
     )
+
+
+def decode_cost(config: ModelConfig, batch: int, context: int, element_bytes: int) -> PassCost:
+    """One decode step of `batch` requests that have `context` tokens each, the new one included."""
+    chunk = Chunk(0, context - 1, (0,), ())
+    return pass_cost(config, Batch((chunk,) * batch), element_bytes)

@@ -62,6 +62,15 @@ class Exchange:
         self._hear()
         return replace(engine.load, used_blocks=self.manager.ledger.owed_to(engine.party))
 
+    def held(self) -> list[dict[int, int]]:
+        """Of each engine's blocks those in use, by the engine whose requests they are of, as last heard."""
+        self._hear()
+        placed, engines = self.manager.placement(), {engine.party: at for at, engine in enumerate(self.engines)}
+        return [
+            {engines[who]: blocks for who, blocks in placed.get(engine.party, {}).items() if who in engines}
+            for engine in self.engines
+        ]
+
     def _hear(self) -> None:
         for engine in self.engines:
             if engine.beat is not None and engine.beat.instance in self.manager.beats:

@@ -129,6 +129,15 @@ class GManager:
         """The debts, as last heard."""
         return Ledger(beat for beat in self.beats.values() if beat is not None)
 
+    def placement(self) -> dict[int, dict[int, int]]:
+        """Of each instance's blocks those in use, by the instance whose requests they are of, as last heard."""
+        held: dict[int, dict[int, int]] = {instance: {} for instance in self.beats}
+        for debtor, beat in self.beats.items():
+            for entry in beat.placements if beat is not None else ():
+                if entry.instance in held:
+                    held[entry.instance][debtor] = held[entry.instance].get(debtor, 0) + entry.blocks
+        return held
+
     def view(self) -> dict[int, int]:
         """What each instance would lend, as last heard of it and of its debtors, who may know better."""
         ledger, view = self.ledger, {}

@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 
 from minillm.hardware.devices import DEVICES, Device
 from minillm.model.config import DTYPE_BYTES, ModelConfig
-from minillm.model.cost import PassCost, pass_cost
+from minillm.model.cost import decode_cost
 from minillm.model.shapes import SHAPES
-from minillm.policy.batch import Batch, Chunk
 from minillm.viz.roofline import Dot, draw_roofline
 from minillm.viz.style import KV_CACHE, WEIGHTS, png
 from minillm.viz.widget import InteractivePicture, script
@@ -25,12 +24,6 @@ CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 STILL = "Llama-3.1-8B"
 QUESTION = "One decode step on the roof: which dot does a larger batch lift?"
 FINDING = "A larger batch lifts the products with weights; it never lifts attention"
-
-
-def decode_cost(config: ModelConfig, batch: int, context: int, element_bytes: int) -> PassCost:
-    """One decode step of `batch` requests that have `context` tokens each, the new one included."""
-    chunk = Chunk(0, context - 1, (0,), ())
-    return pass_cost(config, Batch((chunk,) * batch), element_bytes)
 
 
 def dtype_on(device: Device) -> str:

@@ -453,3 +453,23 @@ def test_lesson_11(browser: Any, lab: str) -> None:
     card.screenshot(path=SHOTS / "11-travel.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_12(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "12_infinite_llm.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "12")
+    ask = page.locator(".minillm-card", has_text="With borrowing: how many times as many tokens/s?")
+    area = ask.first.locator(".minillm-guess-axis").bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.6, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
+    ask = page.locator(".minillm-card", has_text="gets requests of its own")
+    ask.first.locator("button", has_text="called back").click()
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert ask.last.locator("img").is_visible()
+    card = turn(page, "On which links does borrowing pay?", "L4", "Llama-2-7B", "20 %")
+    card.screenshot(path=SHOTS / "12-pays.png")
+    assert page.broken == []
+    page.close()

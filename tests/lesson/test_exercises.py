@@ -58,6 +58,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     MERGE,
     TRAVEL,
     ASK,
+    WIRE,
+    GRANT,
+    BORROW,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -97,6 +100,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "11.merge",
         "11.travel",
         "11.ask",
+        "12.wire",
+        "12.grant",
+        "12.borrow",
     )  # fmt: skip
 )
 
@@ -276,6 +282,18 @@ WRONG = {
     "11.ask, empty ranks too": ("11.ask", ASK.replace(" if lengths[rank]]", "]").replace("        if keys:\n            comm.send", "        if True:\n            comm.send"), ["4 ranks, none on rank 2: the results are right. It took 72 bytes of messages; the target is 48, 1.5× as much"]),
     "11.ask, no answer": ("11.ask", ASK.replace("comm.send(part(comm.recv(torch.empty(2), source=0)), to=0)", "comm.recv(torch.empty(2), source=0)"), ["nobody can go on:", "rank 0 waits"]),
     "11.ask, its own keys forgotten": ("11.ask", ASK.replace("[part(q), *[comm", "[*[comm"), ["2 ranks, 3 keys each: rank 0 at [0]: expected"]),
+    "12.wire, the keys": ("12.wire", EXERCISES["12.wire"].starter.replace("# MEND", "# mine"), ["one creditor: bytes: expected 140,400, got 2,211,840"]),
+    "12.wire, whoever is there": ("12.wire", WIRE.replace("sum(blocks > 0 for blocks in borrowed)", "len(borrowed)"), ["nothing of one of them: bytes: expected"]),
+    "12.grant, no cap": ("12.grant", EXERCISES["12.grant"].starter.replace("# MEND", "# mine"), ["the cap comes first: blocks granted: expected 3, got 6"]),
+    "12.grant, below nothing": ("12.grant", GRANT.replace("max(0, min(asked, free, cap - lent))", "min(asked, free, cap - lent)"), ["more lent than the cap is now: blocks granted: expected 0, got -1"]),
+    "12.grant, a part of a firm ask": ("12.grant", GRANT.replace("asked if room == asked else 0", "room"), ["firm, and only a part is free: blocks granted: expected 0, got 4"]),
+    "12.grant, firm ones wait too": ("12.grant", GRANT.replace("return asked if room == asked else 0", "return asked if room == asked and not waiting else 0"), ["firm, and somebody waits: blocks granted: expected 2, got 0"]),
+    "12.borrow, all that is said": ("12.borrow", EXERCISES["12.borrow"].starter.replace("# MEND", "# mine"), ["one has enough: blocks held at the end: expected 3, got 7"]),
+    "12.borrow, the view believed": ("12.borrow", BORROW.replace("if blocks and ask(creditor, blocks):", "if blocks and (ask(creditor, blocks) or True):"), ["one has less than it is said to have: blocks held at the end: expected 5, got 0"]),
+    "12.borrow, nothing given back": ("12.borrow", BORROW.replace("            give_back(creditor, blocks)", "            pass"), ["nobody has enough: blocks held at the end: expected 0, got 6"]),
+    "12.borrow, in order": ("12.borrow", BORROW.replace("sorted(range(len(said)), key=lambda each: -said[each])", "range(len(said))"), ["one has enough: the results are right. It took 2 asks; the target is 1"]),
+    "12.borrow, no such instance": ("12.borrow", "def borrow(need, said, ask, give_back):\n    return ask(len(said), need)", ["one has enough: there is no instance 2"]),
+    "12.borrow, nothing said": ("12.borrow", "def borrow(need, said, ask, give_back):\n    ask(0, need)", ["one has enough: "]),
     "10.dispatch, all to all ranks": ("10.dispatch", EXERCISES["10.dispatch"].starter.replace("# MEND", "# mine"), ["2 ranks, each token with one expert: the results are right. It took 112 bytes of messages; the target is 32, 3.5× as much"]),
     "10.dispatch, for each expert": ("10.dispatch", PER_PAIR, ["2 ranks, both experts on one of them: the results are right. It took 48 bytes of messages; the target is 32, 1.5× as much"]),
     "10.dispatch, no answer": ("10.dispatch", DISPATCH.replace("back = comm.all_to_all(came * factors[:, None], recv, send)", "back = came * factors[:, None]"), ["2 ranks, each token with one expert: rank 0 at [1, 0]: expected 4, got 55"]),

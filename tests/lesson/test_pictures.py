@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from minillm import RankError, Ranks
+from minillm.distkv.worth import worth_of
 from minillm.hardware.devices import DEVICES, find_device, find_link
+from minillm.model.cost import decode_cost
 from minillm.model.shapes import SHAPES
 from minillm.parallel.balance import predict_costs
 from minillm.parallel.layout import Layout, share
@@ -33,7 +37,9 @@ from minillm.viz.block import Sending, draw_block, sendings, sent_numbers
 from minillm.viz.blocks import BlockMap, draw_blocks, look, split
 from minillm.viz.curve import Point, draw_curve
 from minillm.viz.live import Timeline
+from minillm.viz.loans import FREE, SHADES, draw_held, draw_lending
 from minillm.viz.memory import draw_memory
+from minillm.viz.merge import draw_merge
 from minillm.viz.queue import LOADS, Measured, draw_bought, draw_routers, draw_waits
 from minillm.viz.requests import _again, _waits, draw_latency, draw_requests
 from minillm.viz.ring import RingView
@@ -44,11 +50,13 @@ from minillm.viz.slices import draw_slices
 from minillm.viz.style import new_figure, png
 from minillm.viz.timeline import draw_runs, draw_timeline, memory_steps
 from minillm.viz.traffic import draw_traffic, traffic_of
+from minillm.viz.travel import draw_travel
 from minillm.viz.waiting import draw_waiting
-from minillm.viz.walk import BATCHES, CONTEXTS, RooflineWalk, decode_cost
+from minillm.viz.walk import BATCHES, CONTEXTS, RooflineWalk
 from minillm.viz.whatif import WhatIf
 from minillm.viz.widget import InteractivePicture
 from minillm.viz.words import batch_letters, bytes_text, plain
+from minillm.viz.worth import draw_worth
 
 
 def texts(figure) -> str:
@@ -449,3 +457,41 @@ def test_routers_stand_in_the_order_of_their_tails() -> None:
     assert heights["round-robin"] > heights["least-tokens"]
     bars = draw_bought({"one": 1.0, "two": 1.1}, {"one": 50, "two": 90}, "finding", "caption").axes
     assert [text.get_text() for text in bars[1].texts] == ["50 tokens/s", "90 tokens/s"]
+
+
+def test_who_holds_what_is_drawn_in_the_colour_of_the_requests() -> None:
+    axis = draw_held([{0: 3}, {1: 1, 0: 2}], 5, ["", ""], "finding", "caption").axes[0]
+    colours = [to_hex(patch.get_facecolor()) for patch in axis.patches]
+    assert colours == [SHADES[0]] * 3 + [FREE] * 2 + [SHADES[1], SHADES[0].lower(), SHADES[0].lower()] + [FREE] * 2
+    history = [(0.0, [{0: 1}, {}]), (1.0, [{0: 5}, {0: 2}])]
+    drawn = draw_lending(history, 5, {"somebody comes": 0.5}, "finding", "caption").axes
+    assert [axis.get_title(loc="left") for axis in drawn] == ["instance 0", "instance 1"]
+    with pytest.raises(ValueError, match="nothing has been heard"):
+        draw_lending([], 5, {}, "finding", "caption")
+
+
+def test_a_link_on_which_borrowing_stops_paying_is_named() -> None:
+    names = ("NVLink 4", "25 Gbit/s", "1 Gbit/s")
+    config, device = SHAPES["Llama-3.1-8B"], find_device("H100")
+    worths = {name: worth_of(config, device, find_link(name), "bfloat16", 8192, 0.9) for name in names}
+    figure = draw_worth(worths, "caption")
+    assert figure._suptitle.get_text().endswith("it pays down to 25 Gbit/s")
+    assert draw_worth({name: worths[name] for name in names[:2]}, "")._suptitle.get_text().endswith("on every link")
+    assert "on none" in draw_worth({name: worths[name] for name in names[2:]}, "")._suptitle.get_text()
+
+
+@pytest.mark.parametrize("queries", [1, 4096])
+def test_the_lighter_of_queries_and_keys_travels(queries: int) -> None:
+    figure = draw_travel(SHAPES["Llama-3.1-8B"], 2, queries, 1024, "caption")
+    assert figure._suptitle.get_text().startswith("Send the query" if queries == 1 else "Send the keys")
+
+
+def test_the_merge_is_that_of_all_keys_together() -> None:
+    scores, values = [0.5, 2.0, -1.0, 0.0], [1.0, 2.0, 3.0, 4.0]
+    weights = [math.exp(score) for score in scores]
+    right = sum(weight * value for weight, value in zip(weights, values)) / sum(weights)
+    for lengths in ([4], [2, 2], [1, 0, 3]):
+        texts = [text.get_text() for text in draw_merge(scores, values, lengths, "caption").axes[0].texts]
+        assert f"merged: {right:.3f}" in texts
+    with pytest.raises(ValueError, match="3 keys on the ranks, but there are 4"):
+        draw_merge(scores, values, [3], "caption")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,3 +84,14 @@ def test_cancelling_rings_leaves_none_and_changes_no_balance(debts) -> None:
     while circle := ledger.circle():
         assert ledger.cancel(circle) > 0
     assert [ledger.owed_to(each) - ledger.owed_by(each) for each in range(6)] == before
+
+
+def test_the_placement_says_whose_requests_each_block_is_of() -> None:
+    manager = GManager([0, 1, 2], 16)
+    assert manager.placement() == {0: {}, 1: {}, 2: {}}
+    here, there = Placement(1, 0, 3, True), Placement(1, 2, 4, False)
+    manager.heartbeat(replace(beat(0, 1, 0, 5), placements=(here, there, Placement(2, 2, 1, False))))
+    manager.heartbeat(replace(beat(2, 1, 0, 5), placements=(Placement(9, 2, 2, True),)))
+    assert manager.placement() == {0: {0: 3}, 1: {}, 2: {0: 5, 2: 2}}
+    manager.leave(2)
+    assert manager.placement() == {0: {0: 3}, 1: {}}
