@@ -250,6 +250,9 @@ class Replicas:
             if replica not in self.router.lost and engine.at_rest and not engine.instance.alive:
                 engine.abandon()
                 self._lose(replica, RuntimeError("a rank of it has ended"))
+        for engine in self.exchange.given_up() if self.exchange is not None else ():
+            engine.abandon()
+            self._lose(self.engines.index(engine), RuntimeError("it was too slow for those that borrow of it"))
         if len(self.router.lost) == len(self.engines) and not self._returning:
             homeless, self._homeless = self._homeless, deque()
             self.failed |= {each.request_id for each in self._fail(homeless)}

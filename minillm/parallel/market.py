@@ -44,6 +44,16 @@ class Exchange:
                 most, blocks = self._most(engine), engine.num_blocks
                 self.manager.heartbeat(Heartbeat(engine.party, 0, 0, blocks, blocks, most))
 
+    def given_up(self) -> list[RemoteEngine]:
+        """Engines that others have nothing to do with any more, because a link broke or was too slow, and that have no work: they
+        are to begin anew.
+        """
+        self._hear()
+        lost = {party for beat in self.manager.beats.values() if beat is not None for party in beat.lost}
+        return [
+            engine for engine in self.engines if engine.at_rest and engine.party in lost & self.manager.beats.keys()
+        ]
+
     def due(self) -> list[RemoteEngine]:
         """The engines to tell something now; before, heartbeats are heard and moves planned."""
         now = time.monotonic()

@@ -166,7 +166,7 @@ class RManager(Creditor):
         return Heartbeat(
             self.number, len(running), len(waiting), self.pool.num_free, self.pool.num_blocks,
             max(0, min(self.most_lent - self.num_lent, self.pool.num_free)), self.num_lent, max(0, wanted), tokens,
-            tuple(placements),
+            tuple(placements), tuple(sorted(self.gone)),
         )  # fmt: skip
 
     def _expire(self, now_s: float) -> None:

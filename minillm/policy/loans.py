@@ -57,7 +57,7 @@ class Placement:
 class Heartbeat:
     """What an instance tells the global manager: requests that run and wait, its blocks, and where those of its requests lie.
     It would lend `lendable` more blocks; `wanted` are those that its first waiting request lacks, and `tokens` what its running
-    requests have in the cache.
+    requests have in the cache. It has nothing to do any more with those that it has `lost`.
     """
 
     instance: int
@@ -70,6 +70,7 @@ class Heartbeat:
     wanted: int = 0
     tokens: int = 0
     placements: tuple[Placement, ...] = ()
+    lost: tuple[int, ...] = ()
 
 
 Notice = Returned | Unclaimed | CalledBack

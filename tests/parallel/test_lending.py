@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +190,9 @@ def test_a_creditor_that_stands_still_is_given_up(one: LLM, folder: Path) -> Non
         finally:
             os.kill(pid, signal.SIGCONT)
         assert [request.output().token_ids for request in requests] == expected
+        assert llm.generate([GIANT], LONG)[0].token_ids == one.generate([GIANT], LONG)[0].token_ids  # it lends again
+        assert llm.instances[1].ranks.pids[0] == pid, "it was loaded anew for nothing"
+        assert all(used == lent == 0 for used, lent in told(llm))
 
 
 def test_a_debtor_that_dies_leaves_nothing_behind(one: LLM, folder: Path) -> None:
@@ -204,6 +209,38 @@ def test_a_debtor_that_dies_leaves_nothing_behind(one: LLM, folder: Path) -> Non
                 break
             llm.engine.step()
         assert [each.token_ids for each in llm.generate(PROMPTS, LONG)] == expected
+        assert all(used == lent == 0 for used, lent in told(llm))
+
+
+@pytest.mark.parametrize("seed", range(max(1, EXAMPLES // 50)))
+def test_whoever_is_lost_at_any_moment_costs_no_token(one: LLM, folder: Path, seed: int) -> None:
+    """An instance is killed or stands still at a random moment; all requests end as on one device, and nobody owes anything."""
+    dice = random.Random(seed)
+    layout, params = dice.choice(LAYOUTS), SamplingParams(max_tokens=dice.randint(10, 60), ignore_eos=True)
+    work = dice.sample([*PROMPTS, GIANT], 5)
+    expected = [each.token_ids for each in one.generate(work, params)]
+    options = replace(SMALL, on_demand=dice.random() < 0.5, num_blocks=26 if layout != "dp=3" else 20)
+    with LLM(folder, layout, device="cpu", options=options, router=First) as llm, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        requests = llm.prepare(work, params)
+        llm.submit(requests)
+        for _ in range(dice.randint(1, 60)):
+            llm.step()
+        pid = dice.choice(dice.choice(llm.instances).ranks.pids)
+        stands = dice.random() < 0.3
+        os.kill(pid, signal.SIGSTOP if stands else signal.SIGKILL)
+        try:
+            while llm.engine.requests:
+                llm.step()
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        assert [request.output().token_ids for request in requests] == expected
+        for _ in range(400):
+            if not llm.engine.router.lost:
+                break
+            llm.engine.step()
+        assert [each.token_ids for each in llm.generate(work, params)] == expected
         assert all(used == lent == 0 for used, lent in told(llm))
 
 
