@@ -136,12 +136,13 @@ back.reveal(
 # Tokens/s are the batch over that. A debtor runs 4 requests of 1,000 tokens, a creditor 2. With 60 borrowed blocks one more could run.
 
 # %%
-from minillm.policy.planning import Pace
+def tokens_per_s(requests, tokens):
+    return requests / (max(0.020, requests * 0.0005) + tokens * 1e-7)  # 20 ms for the weights
 
-pace = Pace(weights_s=0.020, request_s=0.0005, cached_s=1e-7)
-before = pace.tokens_per_s(4, 4 * 1000) + pace.tokens_per_s(2, 2 * 1000)
-moved = 60 * 16
-after = pace.tokens_per_s(5, 5 * 1000 - moved) + pace.tokens_per_s(2, 2 * 1000 + moved)
+
+before = tokens_per_s(4, 4 * 1000) + tokens_per_s(2, 2 * 1000)
+moved = 60 * 16  # tokens whose keys the creditor reads from now on
+after = tokens_per_s(5, 5 * 1000 - moved) + tokens_per_s(2, 2 * 1000 + moved)
 print(f"{before:.0f} tokens/s become {after:.0f}: the weights are read for 5 requests at once")
 
 # %% [markdown]
@@ -264,7 +265,7 @@ print("the same tokens as before:", kept)
 lost.reveal(
     2 if kept else 1,
     "A part of their keys is gone; prompts and tokens are not. They are read again, as after a "
-    "preemption. A loan makes two failures of one: more borrowing, more that is lost together.",
+    "preemption. That is a price of loans: when one instance fails, its debtors feel it too.",
 )
 
 # %% [markdown]
