@@ -240,7 +240,7 @@ speed = Predict("11.speed", "Decoding after this document: how many times as fas
                 "as one?", "×", 0.2, 4)
 speed
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 
 from minillm.ranks.speed import measure_ring
