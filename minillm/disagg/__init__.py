@@ -1,0 +1,1 @@
+"""Prefill and decode on different instances: the KV cache moves between them (DistServe, Splitwise)."""
