@@ -57,7 +57,7 @@ class Batch:
     """Chunks of different sequences, prefill and decode mixed as they come.
 
     `copies` are blocks (from, to) to copy before the pass, after `moves` to and from other instances; `preempted` are requests that
-    lost their blocks for it. Before anything else it is `over` with these instances: what they had here has been taken back.
+    lost their blocks for it, and `arrivals` those whose K and V may come now from another instance. Before anything else it is `over` with these instances: what they had here has been taken back.
     """
 
     chunks: tuple[Chunk, ...]
@@ -65,6 +65,7 @@ class Batch:
     preempted: tuple[int, ...] = ()
     moves: tuple[Move, ...] = ()
     over: tuple[int, ...] = ()
+    arrivals: tuple[int, ...] = ()
 
     def split(self, tokens: int) -> tuple[Batch, Batch]:
         """The first so many tokens, and the rest; a chunk that is cut is two, of which the second follows the first."""

@@ -15,6 +15,7 @@ class Status(Enum):
 
     WAITING = "waiting"  # holds no blocks: new, or preempted
     RUNNING = "running"  # holds blocks
+    KEPT = "kept"  # holds blocks until another instance, which goes on with it, has their content
     GONE = "gone"  # finished or cancelled
 
 
@@ -24,6 +25,9 @@ class ScheduledRequest:
 
     `tokens` is the prompt and what was generated, `longest` the most there can be; `computed` of them are in the cache, and
     the `in_flight` next ones in batches under way. `samples` sequences will come of it, by forks; each takes one of the places of a batch.
+
+    One that is to be `handed` over goes on at another instance after its first token. There K and V of as many of its tokens are
+    `arriving`, and none are computed until they are there.
     """
 
     request_id: int
@@ -37,16 +41,18 @@ class ScheduledRequest:
     reused: int = 0  # tokens found in the cache when it last started
     in_flight: int = 0
     table: BlockTable | None = field(default=None, repr=False)
+    handed: bool = False
+    arriving: int = 0
 
     @property
     def most_cached(self) -> int:
-        """The most tokens that will be in the cache: all but the last, which nothing follows."""
-        return max(len(self.tokens), self.longest - 1)
+        """The most tokens that will be in the cache: all but the last, which nothing follows, or which follows elsewhere."""
+        return len(self.tokens) if self.handed else max(len(self.tokens), self.longest - 1)
 
     @property
     def remaining(self) -> int:
-        """Tokens neither in the cache nor under way: 1 when it decodes, 0 when it waits for its next token."""
-        return len(self.tokens) - self.computed - self.in_flight
+        """Tokens neither in the cache nor under way: 1 when it decodes, 0 when it waits for its next token, or for its cache."""
+        return 0 if self.arriving and self.in_flight else len(self.tokens) - self.computed - self.in_flight
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from minillm.policy.batch import Batch, Chunk
+from minillm.policy.batch import Batch
 from minillm.policy.blocks import BlockPool, BlockTable
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, Status, first_come
+from minillm.policy.step import Step
 
 
 class Scheduler:
@@ -78,7 +79,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> Batch:
         """The next batch: tokens of decoding requests first, then of prompts begun, then of new ones. Empty if none can run."""
         self.running.sort(key=lambda request: self.order(request, now_s))
-        step = _Step(self.options.max_step_tokens, self._share())
+        step = Step(self.options.max_step_tokens, self._share())
         ready = [request for request in self.running if request.remaining]
         for request in sorted(ready, key=lambda request: request.remaining > 1):  # decodes, then prompts begun
             if request.status is Status.RUNNING and step.has_place:
@@ -87,7 +88,7 @@ class Scheduler:
             self._start_new(step, now_s)
         self.under_way += bool(step.chunks)
         preempted, self.preempted = tuple(self.preempted), []
-        return Batch(tuple(step.chunks), tuple(step.copies), preempted)
+        return Batch(tuple(step.chunks), tuple(step.copies), preempted, arrivals=tuple(step.arrivals))
 
     def postprocess(self, batch: Batch, tokens: Sequence[int | None]) -> None:
         """The batch has run: `tokens` has the next token of each chunk that samples, None for the others."""
@@ -104,13 +105,16 @@ class Scheduler:
             request.table.remember(request.tokens, request.computed)
             if chunk.samples and token is not None:
                 request.tokens.append(token)
+                if request.handed:
+                    self.running.remove(request)
+                    request.status = Status.KEPT
             elif chunk.samples:  # what it had at another instance is lost
                 self.preempt(request)
 
     def recover(self) -> frozenset[int]:
         """No batch that is under way will come back: its requests start again. Returns their ids."""
         self.under_way = 0
-        lost = [request for request in self.requests.values() if request.in_flight]
+        lost = [request for request in self.requests.values() if request.in_flight and not request.arriving]
         for request in lost:
             request.in_flight = 0
             if request.status is Status.GONE:
@@ -124,12 +128,13 @@ class Scheduler:
         """`twin` runs on from where a running request stands, on the same blocks, until either writes to them."""
         self.check(twin)
         parent = self.requests[request_id]
-        assert parent.status is Status.RUNNING and parent.table is not None
-        twin.table, twin.computed, twin.status = parent.table.fork(), parent.computed, Status.RUNNING
+        assert parent.status in (Status.RUNNING, Status.KEPT) and parent.table is not None
+        twin.table, twin.computed, twin.status = parent.table.fork(), parent.computed, parent.status
         twin.arrival_s, twin.priority = parent.arrival_s, parent.priority
         parent.samples -= 1
         self.requests[twin.request_id] = twin
-        self.running.append(twin)
+        if twin.status is Status.RUNNING:
+            self.running.append(twin)
 
     def remove(self, request_id: int) -> None:
         """A request has finished or is cancelled: its blocks are free at once, or when its batches under way are back."""
@@ -137,6 +142,24 @@ class Scheduler:
         request.status = Status.GONE
         if not request.in_flight:
             self._let_go(request)
+
+    def arrived(self, request_id: int) -> None:
+        """K and V of a request have come from another instance."""
+        request = self.requests[request_id]
+        request.computed, request.in_flight, request.arriving = request.arriving, 0, 0
+        if request.status is Status.GONE:
+            self._let_go(request)
+        elif request.table is not None:
+            request.table.remember(request.tokens, request.computed)
+
+    def missed(self, request_id: int) -> None:
+        """They will not come, nor be written here any more: the request is computed here from its beginning."""
+        request = self.requests[request_id]
+        came_to, request.in_flight, request.arriving = request.in_flight, 0, 0
+        if request.status is Status.GONE:
+            self._let_go(request)
+        elif came_to:
+            self.preempt(request)
 
     @property
     def has_work(self) -> bool:
@@ -169,7 +192,7 @@ class Scheduler:
             count += 1
         return count
 
-    def _continue(self, request: ScheduledRequest, step: _Step) -> None:
+    def _continue(self, request: ScheduledRequest, step: Step) -> None:
         """Give a running request its next tokens, if there are blocks for them."""
         table = request.table
         assert table is not None
@@ -187,7 +210,7 @@ class Scheduler:
                 return
         step.take(request, count)
 
-    def _start_new(self, step: _Step, now_s: float) -> None:
+    def _start_new(self, step: Step, now_s: float) -> None:
         """Start waiting requests in order until one does not fit."""
         self.waiting.sort(key=lambda request: self.order(request, now_s))
         while self.waiting and (step.has_place or not self.options.continuous):
@@ -197,6 +220,11 @@ class Scheduler:
             if sum(each.samples for each in self.running) + request.samples > self.options.max_running:
                 return
             request.table = request.table or BlockTable(self.pool)
+            if request.arriving and self._has_room(request):
+                self._expect(self.waiting.pop(0), step)
+                continue
+            if request.arriving:
+                return
             if not request.table.reserved:
                 request.computed = request.reused = request.table.reuse(request.tokens)
             count = self._part(request, step)
@@ -210,7 +238,15 @@ class Scheduler:
             if count > 0:
                 step.take(request, count)
 
-    def _part(self, request: ScheduledRequest, step: _Step) -> int:
+    def _expect(self, request: ScheduledRequest, step: Step) -> None:
+        """Take the blocks to which a request's K and V will come."""
+        assert request.table is not None
+        request.table.write(0, request.arriving)
+        request.in_flight, request.status = request.arriving, Status.RUNNING
+        self.running.append(request)
+        step.arrivals.append(request.request_id)
+
+    def _part(self, request: ScheduledRequest, step: Step) -> int:
         """How many of its tokens a request may put into the step: of one that outgrows the pool as many as have room here now."""
         count = min(request.remaining, step.budget) if self.options.chunked_prefill else request.remaining
         if not self.outgrows(request):
@@ -227,7 +263,8 @@ class Scheduler:
             return max(1, self.pool.blocks_for(request.most_cached) - request.table.num_reserved) <= self.pool.num_free
         if self.options.preemption and (self.options.continuous or not self.running):
             return request.table.missing(request.computed, len(request.tokens)) <= self.pool.num_free
-        claims = sum(each.samples * self._claim(each) for each in [*self.running, request])
+        kept = [each for each in self.requests.values() if each.status is Status.KEPT]
+        claims = sum(each.samples * self._claim(each) for each in [*self.running, *kept, request])
         return claims <= self.pool.num_blocks
 
     def _claim(self, request: ScheduledRequest) -> int:
@@ -254,32 +291,3 @@ class Scheduler:
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
-
-
-class _Step:
-    """A batch being put together."""
-
-    def __init__(self, budget: int, places: int) -> None:
-        self.budget, self.places = budget, places
-        self.chunks: list[Chunk] = []
-        self.copies: list[tuple[int, int]] = []
-        self.preempted: list[int] = []
-        self.has_prompt = False
-
-    @property
-    def has_place(self) -> bool:
-        """Whether another request fits."""
-        return self.budget > 0 and len(self.chunks) < self.places
-
-    def take(self, request: ScheduledRequest, count: int) -> None:
-        """Put a request's next tokens into the batch."""
-        start = request.computed + request.in_flight
-        end = start + count
-        assert request.table is not None
-        self.copies += request.table.write(start, end)
-        tokens, table = tuple(request.tokens[start:end]), tuple(request.table.blocks)
-        away, samples = tuple(request.table.away), end == len(request.tokens)
-        self.chunks.append(Chunk(request.request_id, start, tokens, table, samples, away))
-        request.in_flight += count
-        self.budget -= count
-        self.has_prompt |= count > 1
