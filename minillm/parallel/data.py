@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
@@ -29,6 +29,7 @@ from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 
 MOST_MOVES = 3  # whoever has lost so many replicas may be the reason
+MOST_STARTS = 3  # in a row that fail, before a replica is left alone until somebody asks for something
 
 
 class Replicas:
@@ -59,6 +60,7 @@ class Replicas:
         self._helper = ThreadPoolExecutor(len(instances), "minillm replicas")
         self._returning: dict[int, Future[int]] = {}
         self._gone: dict[int, BaseException | None] = {}  # why a replica did not come back
+        self._starts: Counter[int] = Counter()  # of replicas, in a row, that failed
         self.record(recorder)
 
     @property
@@ -108,6 +110,7 @@ class Replicas:
             self.check(request.scheduled)
         when = time.monotonic() if arrived_s is None else arrived_s
         for replica in self.router.lost - self._returning.keys():  # whatever kept it away may be over
+            self._starts[replica] = 0
             self._restart(replica)
         self._look_after()
         for request in requests:
@@ -243,9 +246,16 @@ class Replicas:
                 del self._returning[replica]
                 self._gone[replica] = start.exception()
                 if self._gone[replica] is None:
+                    self._starts[replica] = 0
                     self.router.regain(replica)
                     if self.exchange is not None:
                         self.exchange.regain()
+                    continue
+                self._starts[replica] += 1
+                if self._starts[replica] < MOST_STARTS:  # one that stands still is ended by the first start
+                    self._restart(replica)
+                else:
+                    self._miss(replica)
         for replica, engine in enumerate(self.engines):
             if replica not in self.router.lost and engine.at_rest and not engine.instance.alive:
                 engine.abandon()
@@ -259,6 +269,16 @@ class Replicas:
             for replica in self.router.lost:
                 self._restart(replica)
             raise next(error for error in self._gone.values() if error is not None)
+
+    def _miss(self, replica: int) -> None:
+        """A replica does not come back: requests that can run only with its memory are given up."""
+        if self.exchange is None:
+            return
+        self.exchange.miss(self.engines[replica])
+        for engine in self.engines:
+            hopeless = [request for request in engine.requests.values() if not engine.can_run(request.scheduled)]
+            engine.drop(hopeless)
+            self.failed |= {each.request_id for each in self._fail(hopeless)}
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -23,16 +23,22 @@ class Exchange:
             raise ValueError("borrowing=True: these instances are on several hosts, and borrow only within one")
         self.engines, self.options = engines, options
         self.manager = GManager([], options.block_size)
-        self.beyond = {engine: sum(self._most(other) for other in engines if other is not engine) for engine in engines}
+        self._missed: set[RemoteEngine] = set()  # who has not come back
         self.planned: list[PlannedMove] = []  # all that was ever planned
         self._looked_s = 0.0
         self._moves: list[PlannedMove] = []
         self.regain()
-        for engine in engines:
-            engine.follow(self.manager.view(), self.beyond[engine], [])
+        self._tell_all()
+
+    def miss(self, engine: RemoteEngine) -> None:
+        """An engine does not come back for the time being: others are not to count on it."""
+        self._missed.add(engine)
+        self._tell_all()
 
     def regain(self) -> None:
         """See who is there: an instance that starts anew is another party."""
+        back = {engine for engine in self._missed if engine.instance.alive}
+        self._missed -= back
         present = {
             engine.party for engine in self.engines if engine.instance.alive and engine.number in engine.instance.opened
         }
@@ -43,6 +49,8 @@ class Exchange:
                 self.manager.join(engine.party)
                 most, blocks = self._most(engine), engine.num_blocks
                 self.manager.heartbeat(Heartbeat(engine.party, 0, 0, blocks, blocks, most))
+        if back:
+            self._tell_all()
 
     def given_up(self) -> list[RemoteEngine]:
         """Engines that others have nothing to do with any more, because a link broke or was too slow, and that have no work: they
@@ -89,7 +97,16 @@ class Exchange:
     def tell(self, engine: RemoteEngine) -> None:
         """Tell an engine what concerns it."""
         mine = [(move.request_id, move.blocks, move.creditor) for move in self._moves if move.debtor == engine.party]
-        engine.follow(self.manager.view(), self.beyond[engine], mine)
+        engine.follow(self.manager.view(), self._beyond(engine), mine)
+
+    def _tell_all(self) -> None:
+        for engine in self.engines:
+            if engine.instance.alive:
+                engine.follow(self.manager.view(), self._beyond(engine), [])
+
+    def _beyond(self, engine: RemoteEngine) -> int:
+        """The most blocks that others lend it."""
+        return sum(self._most(other) for other in self.engines if other is not engine and other not in self._missed)
 
     def _most(self, engine: RemoteEngine) -> int:
         """The most blocks that an engine lends."""

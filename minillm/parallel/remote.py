@@ -101,6 +101,14 @@ class RemoteEngine:
             raise ValueError(f"there is a request {request.request_id} already: give another id")
         self._rules.check(request)
 
+    def can_run(self, request: ScheduledRequest) -> bool:
+        """Whether a request that is here already still can."""
+        try:
+            self._rules.check(request)
+        except ValueError:
+            return False
+        return True
+
     def check_samples(self, samples: int) -> None:
         """Raise `ValueError` when so many samples of one prompt can never run together."""
         self._rules.check_samples(samples)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers import EXAMPLES
@@ -193,6 +194,28 @@ def test_a_creditor_that_stands_still_is_given_up(one: LLM, folder: Path) -> Non
         assert llm.generate([GIANT], LONG)[0].token_ids == one.generate([GIANT], LONG)[0].token_ids  # it lends again
         assert llm.instances[1].ranks.pids[0] == pid, "it was loaded anew for nothing"
         assert all(used == lent == 0 for used, lent in told(llm))
+
+
+def test_who_needs_a_neighbour_that_does_not_come_back_is_told(one: LLM, folder: Path) -> None:
+    expected = one.generate([GIANT], LONG)[0].token_ids
+    with LLM(folder, "dp=2", device="cpu", options=SMALL, router=First) as llm, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (request,) = until_borrowed(llm, [GIANT], LONG)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm.instances[1], "open", Mock(side_effect=MemoryError("no room here")))
+            os.kill(llm.instances[1].ranks.pids[0], signal.SIGKILL)
+            while llm.engine.requests:
+                llm.step()
+            assert request.finish_reason == "failed"
+            with pytest.raises(ValueError, match="may need room for"):
+                llm.generate([GIANT], LONG)
+            assert len(llm.generate(PROMPTS[:1], LONG)) == 1
+        llm.generate(PROMPTS[:1], LONG)  # somebody asks: another try
+        for _ in range(400):
+            if not llm.engine.router.lost:
+                break
+            llm.engine.step()
+        assert llm.generate([GIANT], LONG)[0].token_ids == expected
 
 
 def test_a_debtor_that_dies_leaves_nothing_behind(one: LLM, folder: Path) -> None:
