@@ -73,7 +73,7 @@ class Exercise:
         """One case."""
         if self.drive is not None:
             return self.drive(function, case)
-        return Outcome([function(*case.inputs)])
+        return Outcome([function(*copy.deepcopy(case.inputs))])  # an attempt may write into them
 
     def place(self, number: int) -> str:
         """What the n-th output is called in a verdict."""

@@ -81,13 +81,20 @@ class Exchange:
         return replace(engine.load, used_blocks=self.manager.ledger.owed_to(engine.party))
 
     def held(self) -> list[dict[int, int]]:
-        """Of each engine's blocks those in use, by the engine whose requests they are of, as last heard."""
+        """Of each engine's blocks those in use, by the engine whose requests they are of, as last heard: never more than there are,
+        though heartbeats are of different ages; what it says of its own requests comes first.
+        """
         self._hear()
         placed, engines = self.manager.placement(), {engine.party: at for at, engine in enumerate(self.engines)}
-        return [
-            {engines[who]: blocks for who, blocks in placed.get(engine.party, {}).items() if who in engines}
-            for engine in self.engines
-        ]
+        held: list[dict[int, int]] = []
+        for number, engine in enumerate(self.engines):
+            there = {engines[who]: blocks for who, blocks in placed.get(engine.party, {}).items() if who in engines}
+            free = engine.num_blocks
+            for who in sorted(there, key=lambda who: who != number):
+                there[who] = min(there[who], free)
+                free -= there[who]
+            held.append(there)
+        return held
 
     def _hear(self) -> None:
         for engine in self.engines:

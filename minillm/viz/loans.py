@@ -52,9 +52,9 @@ def draw_lending(
         axis.axhline(blocks, color=INK, linewidth=1.1, linestyle=":")
         for name, when in marks.items():
             axis.axvline(when, color=FAINT, linewidth=1.1, linestyle=":")
-            axis.text(when, 1.02 * blocks, f" {name}", va="bottom", ha="center", fontsize=9, color=FAINT)
+            axis.text(when, 1.02 * blocks, f" {name}", va="bottom", ha="left", fontsize=9, color=FAINT)
         axis.set(xlim=(times[0], times[-1]), ylim=(0, 1.18 * blocks), xlabel="time (s)")
-        axis.set_title(f"instance {row}", fontsize=10.5, color=INK, loc="left")
+        axis.set_title(f"instance {row}: {blocks} blocks", fontsize=10.5, color=INK, loc="left")
         axis.set_ylabel("blocks in use" if row == 0 else "")
     handles, names = _key(instances)
     figure.legend(

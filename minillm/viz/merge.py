@@ -44,7 +44,7 @@ def draw_merge(scores: Sequence[float], values: Sequence[float], lengths: Sequen
             axis.text(x, -0.03, f"{values[begin + n]:g}", ha="center", va="top", fontsize=9.5, color=INK)
         middle = at + (width - 1) / 2
         m, total, o = (each.item() for each in (part.m, part.l, part.o))
-        said = f"m {m:.1f}\nl {total:.2f}\no {o:.2f}" if count else "m −∞\nl 0\no 0"
+        said = f"m {m:.1f}".replace("-", "−") + f"\nl {total:.2f}\no {o:.2f}" if count else "m −∞\nl 0\no 0"
         axis.text(middle, -0.15, f"rank {rank}", ha="center", va="top", fontsize=10, weight="bold", color=INK)
         axis.text(middle, -0.27, said, ha="center", va="top", fontsize=9.5, color=INK, linespacing=1.35)
         at += width + 1.0
@@ -52,8 +52,15 @@ def draw_merge(scores: Sequence[float], values: Sequence[float], lengths: Sequen
     axis.text(at + 0.2, 0.92, f"merged: {merged:.3f}", fontsize=11, weight="bold", color=KV_CACHE, va="center")
     if sum(count > 0 for count in lengths) > 1:
         axis.text(at + 0.2, 0.70, f"mean of the ranks'\nown answers: {mean:.3f}", fontsize=10, color=GUESS, va="center")
-    axis.text(at + 0.2, 0.30, "Σ o · e^(m − M)\n―――――――\nΣ l · e^(m − M)", fontsize=10, color=FAINT, va="center")
-    axis.set(xlim=(-1.0, at + 6.5), ylim=(-0.72, 1.12), xticks=[], yticks=[0, 0.5, 1], ylabel="a key counts")
+    axis.text(
+        at + 0.2,
+        0.30,
+        "Σ o · e^(m − M)\n―――――――\nΣ l · e^(m − M)\nM: the largest m",
+        fontsize=10,
+        color=FAINT,
+        va="center",
+    )
+    axis.set(xlim=(-1.0, at + 6.5), ylim=(-0.72, 1.12), xticks=[], yticks=[0.5, 1], ylabel="weight of a key")
     axis.spines["left"].set_bounds(0, 1)
     axis.spines["bottom"].set_visible(False)
     axis.yaxis.set_label_coords(-0.045, 0.68)

@@ -12,12 +12,12 @@ from matplotlib.patches import Patch
 from minillm.viz.style import FAINT, INK, frame, new_figure
 
 SHADES = ["#00583f", "#009E73", "#7fcfb9", "#d3efe6"]  # of the KV cache's green, a rank each
-LAYERS, HEADS, TOKENS, RANKS = 4, 4, 16, 4
+LAYERS, HEADS, TOKENS, BLOCK, RANKS = 4, 4, 16, 2, 4
 CUTS: list[tuple[str, str, str, Callable[[int, int, int], int]]] = [
     ("pp=4", "by layer", "no finer than the layers", lambda layer, head, token: layer * RANKS // LAYERS),
     ("tp=4", "by KV head", "no finer than the KV heads", lambda layer, head, token: head * RANKS // HEADS),
     ("dp=4, also with ep=4", "not at all", "a request is on one rank", lambda layer, head, token: 0),
-    ("cp=4", "by position", "as fine as its blocks", lambda layer, head, token: token * RANKS // TOKENS),
+    ("cp=4", "by position", "block by block, in turn", lambda layer, head, token: token // BLOCK % RANKS),
 ]
 
 

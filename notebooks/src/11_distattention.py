@@ -24,8 +24,8 @@
 # |---|---|---|
 # | context parallelism (CP) | 上下文并行 | one sequence's tokens lie on several ranks |
 # | DistAttention | 分布式注意力 | the query goes to the keys, wherever they lie |
-# | partial attention | 局部注意力 | what attention to some of the keys says: o, m, l |
-# | merge | 合并 | partial attentions to one whole, exactly |
+# | partial attention | 局部注意力 | what one rank can say of its own keys |
+# | merge | 合并 | makes of partial attentions what all keys in one place give, exactly |
 # | ring attention | 环形注意力 | the keys go round all ranks, queries stay |
 
 # %% tags=["needed"]
@@ -58,8 +58,6 @@ Saturday. Calm sea. A seal slept on the rocks below the tower all day, and was n
 anybody."""
 prompt = one.tokenizer.encode(f"{log}\n\nThe keeper's cat is called")
 answer = SamplingParams(max_tokens=2)
-
-# %%
 print(len(prompt), "tokens")
 try:
     one.with_options(small).generate([prompt], answer)
@@ -84,7 +82,7 @@ show(draw_pools(held, 8, f"{len(prompt)} tokens lie on four ranks; none has room
 # ## By hand
 #
 # One query, three keys, their values 1, 2 and 4. Rank 0 has the first two keys, rank 1 the third. Each says three numbers: its largest
-# score m, l = Σ e^(s − m), and o = Σ e^(s − m) · v. They cannot just be added: each has taken off its own m.
+# score m, l = Σ e^(s − m), and o = Σ e^(s − m) · v. They cannot just be added: each has subtracted its own m.
 
 # %% tags=["needed"]
 from math import exp
@@ -102,8 +100,8 @@ print(f"mean of both answers {(o0 / l0 + o1 / l1) / 2:.4f}")
 # %% [markdown]
 # ## What if: other cuts
 #
-# Twelve keys. Move the cuts, and the best key. What each rank says changes; what becomes of it never does. When is a mean of the ranks'
-# answers right?
+# Twelve keys. Move the cuts: what each rank says changes, and the merged answer does not. Then change the score of a key. The mean of the
+# ranks' own answers is right only by luck: as if the keys of all ranks weighed as much.
 
 # %%
 from minillm.viz.merge import draw_merge
@@ -114,14 +112,14 @@ CUTS = {"even": [3, 3, 3, 3], "uneven": [6, 1, 4, 1], "one is empty": [5, 0, 4, 
         "two ranks": [6, 6], "one rank": [12]}
 
 
-def merged(cut, best_key, its_score):
-    scored = [its_score if n == best_key else score for n, score in enumerate(TWELVE)]
+def merged(cut, key, its_score):
+    scored = [its_score if n == key else score for n, score in enumerate(TWELVE)]
     held = [float(n % 5) for n in range(12)]  # the values
     return draw_merge(scored, held, CUTS[cut], "by formula · one query, one head, 12 keys")
 
 
 WhatIf(merged, "What does each rank say?", cut=list(CUTS),
-       best_key=[7, *(n for n in range(12) if n != 7)], its_score=[2.5, 0, 1, 4, 6])
+       key=[7, *(n for n in range(12) if n != 7)], its_score=[2.5, 0, 1, 4, 6])
 
 # %% [markdown]
 # ## Predict: the size of an answer
@@ -144,8 +142,8 @@ answers = [partial_attention(q, *torch.randn(2, 3, keys, 64)).pack() for keys in
 # %%
 size.reveal(
     answers[1].nbytes / answers[0].nbytes,
-    f"{answers[0].nbytes:,} bytes both times: 9 heads of 64 + 2 numbers. All keys of a place are boiled "
-    "down to o, m and l. This is why the query travels.",
+    f"{answers[0].nbytes:,} bytes both times: 9 heads of 64 + 2 numbers. However many keys there are, "
+    "o, m and l say all that matters. This is why the query travels.",
     how="counted",
 )
 
@@ -155,8 +153,8 @@ size.reveal(
 # The document again, on real ranks: what was sent in a decode step, and what would have been if the keys came instead?
 
 # %%
-instead = Predict("11.instead", "In a decode step: how many times the bytes, if the keys came?",
-                  "×", 0.1, 1000)
+instead = Predict("11.instead", "In a decode step: how many times the bytes, if all keys of the other "
+                  "ranks came instead?", "×", 0.1, 1000)
 instead
 
 # %%
@@ -166,24 +164,26 @@ decode_steps = sorted({span.step for span in run.spans})[-16:]
 decoding = [span for span in run.spans if span.step in decode_steps]
 sent = {name: sum(span.message_bytes for span in decoding if span.name == name) / 16
         for name in ("queries", "answers")}
-elsewhere = round(3 / 4 * len(prompt))
-keys_instead = elsewhere * one.config.kv_numbers_per_token * 4
+lengths = range(len(prompt), len(prompt) + 16)  # block n of the document lies on rank n mod 4
+elsewhere = sum(p // 16 % 4 != n // 16 % 4 for n in lengths for p in range(n)) / 16
+key_bytes = one.config.kv_numbers_per_token * 4
+keys_instead = elsewhere * key_bytes
 print({name: f"{count:,.0f} bytes a step" for name, count in sent.items()})
 
 # %%
 instead.reveal(
     keys_instead / sum(sent.values()),
     f"{sum(sent.values()):,.0f} bytes a step: to three ranks and back, in {one.config.layers} layers. "
-    f"Some {elsewhere} keys are elsewhere, each of {keys_instead // elsewhere:,} bytes of K and V. "
-    "And the question stays as small, however long the document grows.",
+    f"{elsewhere:.0f} keys are elsewhere, each of {key_bytes:,} bytes of K and V. "
+    "The question does not grow with the document.",
     how="counted",
 )
 
 # %% [markdown]
 # ## What if: a prompt asks
 #
-# While a prompt is read, thousands of queries ask at once. Then keys may be the lighter ones, above all where 8 query heads share a
-# KV head. *Ring attention* sends them round. Where do the lines cross?
+# While a prompt is read, hundreds of queries ask at once. Then keys may be the lighter ones, above all where 8 query heads share a
+# KV head. *Ring attention* sends them round. Where do the lines cross? And for this document, read 64 tokens at a time?
 
 # %%
 from minillm.model.shapes import SHAPES
@@ -195,10 +195,10 @@ models = {"SmolLM2-135M": one.config, **SHAPES}
 def travel(queries, keys, model):
     config = models[model]
     heads = f"{config.heads} heads, {config.kv_heads} KV heads of {config.head_dim}"
-    return draw_travel(config, 2, queries, keys, f"by formula · {model}, {heads} · bfloat16")
+    return draw_travel(config, 2, queries, keys, f"by formula · {model}, {heads} · bfloat16, answers float32")
 
 
-WhatIf(travel, "Who should travel?", queries=[1, 16, 256, 4096], keys=[1024, 64, 16384, 131072],
+WhatIf(travel, "Who should travel?", queries=[256, 1, 16, 64, 4096], keys=[1024, 64, 256, 16384, 131072],
        model=list(models))
 
 # %% [markdown]
@@ -207,8 +207,8 @@ WhatIf(travel, "Who should travel?", queries=[1, 16, 256, 4096], keys=[1024, 64,
 # ## Where keys lie
 
 # %%
-pieces = Predict("11.pieces", "SmolLM2 has 3 KV heads. On how many ranks can tp split a token's "
-                 "keys?", "ranks", 1, 64)
+pieces = Predict("11.pieces", "SmolLM2 has 3 KV heads. Among how many ranks, at most, can tp divide "
+                 "a token's keys?", "", 1, 64)
 pieces
 
 # %%
@@ -229,7 +229,7 @@ pieces.reveal(
     "settled when the model is loaded. Positions are cut block by block, while the document grows.",
     draw_whereabouts("Only a cut by position grows with the document",
                      "by rule · one request, 4 layers, 4 KV heads, 4 ranks"),
-    how="counted",
+    how="by rule",
 )
 
 # %% [markdown]
@@ -259,7 +259,6 @@ def decode_steps_of(llm):
 
 runs = {"one device": decode_steps_of(one), "cp=4": decode_steps_of(four)}
 ms = {name: 1e3 * (run.end_s - run.start_s) / 16 for name, run in runs.items()}
-print({name: f"{time:.0f} ms a token" for name, time in ms.items()})
 
 # %%
 from minillm.trace.waits import with_waits
@@ -271,12 +270,13 @@ begin = min(span.start_s for span in last) + 0.5 * ms["cp=4"] / 1e3
 layers = [span for span in last if begin < span.start_s and span.end_s < begin + 0.012]
 speed.reveal(
     ms["one device"] / ms["cp=4"],
-    "One rank computes the token, with all weights; the others only look at their keys, which for so "
-    "few is soon done. In each of 30 layers it waits for three answers. Room adds up; speed does not, "
-    "until reading keys takes longer than reading weights.",
+    f"{ms['one device']:.0f} ms a token become {ms['cp=4']:.0f}. One rank computes the token, with all "
+    "weights; the others only look at their keys, which for so few is soon done. In each of 30 layers it "
+    "waits for three answers. Room adds up; speed does not, until keys take longer to read than weights.",
     draw_timeline(replace(runs["cp=4"], spans=layers),
                   "In each layer one rank asks, and all look at their keys",
                   "replayed · devices like a core of this machine · SmolLM2-135M float32, cp=4"),
+    how="replayed",
 )
 
 # %% [markdown]
@@ -285,15 +285,15 @@ speed.reveal(
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
 
-show_source("distkv.attention.Partial.merge")
+show_source("distkv.attention.partial_attention")
 
 # %% tags=["nbval-ignore-output"]
-show_source("parallel.context_step.ContextStep._ask")
+show_source("parallel.context_step.ContextStep._ask")  # `going`: which of its rows each rank is asked about
 
 # %% [markdown]
 # ## Break it: finish first, then merge
 #
-# Every rank divides its o by its l, as if its keys were all there are, and the answers are averaged.
+# Every rank divides its o by its l, as if its keys were all there are; where two answers meet, their mean is taken.
 
 # %%
 averaged = Predict("11.averaged", "What comes out?",

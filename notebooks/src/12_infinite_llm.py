@@ -25,6 +25,7 @@
 # |---|---|---|
 # | debtor | 债务方 | an instance with blocks in another's memory |
 # | creditor | 债权方 | an instance that lends its free blocks |
+# | instance | 实例 | one copy of the weights, with its own KV cache and requests |
 # | rManager | 实例缓存管理器 | keeps an instance's account, and refuses when short |
 # | gManager | 全局管理器 | hears heartbeats, plans who lends to whom |
 # | heartbeat | 心跳 | "so much is free here": true when it was sent |
@@ -47,11 +48,12 @@ class Towards(Router):
 small = EngineOptions(num_blocks=5)  # 5 blocks of 16 tokens at each instance
 lends = EngineOptions(num_blocks=5, borrowing=True)
 alone = LLM(layout="dp=2", dtype="float32", options=small, router=Towards)
-prompts = [[(37 * n + 11 * at) % 40_000 for at in range(32)] for n in range(5)]
+prompts = [[(37 * n + 11 * at) % 40_000 for at in range(32)] for n in range(5)]  # any tokens will do
 answer = SamplingParams(max_tokens=32, ignore_eos=True)
 
 # %% [markdown]
-# Five requests of 4 blocks each, all for instance 0, which has 5. Instance 1 has 5 too, and nothing to do.
+# Five requests of 4 blocks each, all for instance 0, which has 5: the second one starts, and soon has no room. Instance 1 has 5 too, and
+# nothing to do.
 
 # %%
 from minillm.lesson.predict import Predict
@@ -76,16 +78,17 @@ print("the same tokens:", texts["alone"] == texts["with borrowing"])
 gain.reveal(
     seconds["alone"] / seconds["with borrowing"],
     "Two or three requests run together where one did. A step reads the weights once for all of them, "
-    "so it takes little longer: that is the gain. Messages in every layer: that is what is missing.",
+    "so it takes little longer: that is the gain. Why not two or three times? In every layer a step waits "
+    "for what the other instance says.",
 )
 
 # %% [markdown]
 # ## Who holds what
 #
-# Watch it. After two and a half seconds, users of instance 1 wake up, too.
+# Watch it. Once instance 1 has lent four of its five blocks, its own users wake up.
 
 # %%
-back = Predict("12.back", "Instance 1 has lent all its blocks, and gets requests of its own. They …",
+back = Predict("12.back", "Instance 1 has lent nearly all its blocks, and gets requests of its own. They …",
                choices=("wait until instance 0 has finished with them",
                         "start soon: lent blocks are called back", "are refused", "run at instance 0"))
 back
@@ -99,41 +102,45 @@ from minillm.viz.style import png
 
 def pools():
     beats = [engine.beat for engine in two.engine.engines]
-    notes = [f"{beat.running} run, {beat.waiting} wait" if beat else "nothing yet" for beat in beats]
-    return Image(png(draw_held(two.engine.exchange.held(), 5, notes, "Blocks in use, now",
+    notes = [f"{beat.running} run, {beat.waiting} wait" if beat else "not heard of yet" for beat in beats]
+    return Image(png(draw_held(two.engine.exchange.held(), 5, notes, f"Blocks in use after {now:.1f} s",
                                "measured, from heartbeats · blocks of 16 tokens")), width=960)
 
 
-Towards.instance, history, woke = 0, [], {}
+Towards.instance, history, woke, theirs, now = 0, [], {}, [], 0.0
 two.submit(two.prepare(prompts, answer))
 shown, began, drawn = display(pools(), display_id=True), time.monotonic(), 0.0
 while two.engine.requests:
     two.step()
     now = time.monotonic() - began
-    history.append((now, two.engine.exchange.held()))
-    if now > 2.5 and not woke:
-        woke = {"two come to instance 1": now}
-        Towards.instance = 1
-        two.submit(two.prepare(prompts[:2], answer))
+    held = two.engine.exchange.held()
+    history.append((now, held))
+    if not woke and held[1].get(0, 0) >= 4:
+        woke, Towards.instance = {"two requests come": now}, 1
+        theirs = two.prepare(prompts[:2], SamplingParams(max_tokens=8, ignore_eos=True))
+        two.submit(theirs)
     if now > drawn + 0.5:
         shown.update(pools())
         drawn = now
+waited = max(request.life.ttft_s for request in theirs)
 
 # %%
 back.reveal(
     1,
     "The creditor calls; the debtor brings blocks home where it has room, and else starts its youngest "
-    "request again later. Who lends loses nothing by it but a moment. Without that, nobody would lend.",
+    f"request again later. Both had their first token after {waited:.1f} s at most. Without that, nobody "
+    "would lend.",
     draw_lending(history, 5, woke,
                  "Instance 1 lends what it does not need, and gets it back when it does",
-                 "measured, from heartbeats · SmolLM2-135M float32, two instances of 5 blocks"),
+                 "measured, from heartbeats · two processes of this machine · SmolLM2-135M float32"),
 )
 
 # %% [markdown]
 # ## By hand: what is a loan worth?
 #
-# The gManager plans by a model: a step takes the weights' time, or the requests' where that is longer, and some for every token in a cache.
-# Tokens/s are the batch over that. A debtor runs 4 requests of 1,000 tokens, a creditor 2. With 60 borrowed blocks one more could run.
+# Above, an instance borrowed as soon as its own blocks ran out. With `EngineOptions(on_demand=False)` the gManager plans all loans, by a
+# model of a step's time: reading the weights, 20 ms, or computing the requests, whichever takes longer; and a little for every token
+# in a cache. A debtor runs 4 requests of 1,000 tokens, a creditor 2. With 60 borrowed blocks the debtor could run one more.
 
 # %%
 def tokens_per_s(requests, tokens):
@@ -148,11 +155,11 @@ print(f"{before:.0f} tokens/s become {after:.0f}: the weights are read for 5 req
 # %% [markdown]
 # ## What it costs
 #
-# A block moves once, and each token that follows sends its query to wherever blocks lie.
+# A block moves once. After that each token sends a query to every creditor, and gets an answer.
 
 # %%
-once = Predict("12.once", "A block of 16 tokens moves: the bytes of how many decoded tokens' queries?",
-               "tokens", 0.1, 1000)
+once = Predict("12.once", "The queries and answers of how many decoded tokens take as many bytes as one "
+               "moved block of 16 tokens?", "tokens", 0.1, 1000)
 once
 
 # %%
@@ -172,25 +179,31 @@ print("with borrowing: served, the same tokens as one device:", same)
 # %%
 from minillm.trace.trace import Kind
 
+from minillm.distkv.spread import answer_bytes
+
 moves = [span for span in spans if span.name.startswith("blocks to")]
 queries = [span.message_bytes for span in spans if span.kind is Kind.DECODE and span.message_bytes]
 block_bytes = 16 * config.kv_numbers_per_token * 4
-print(f"{sum(span.message_bytes for span in moves) / block_bytes:.0f} blocks moved, "
-      f"{block_bytes:,} bytes each; {queries[-1]:,} bytes of queries a token")
+token_bytes = config.layers * answer_bytes(config.heads, config.head_dim, 4)
+print(f"counted: {sum(span.message_bytes for span in moves) // block_bytes} blocks moved, "
+      f"queries of {queries[-1]:,} bytes a token")
+print(f"by formula: with the answers {token_bytes:,} bytes a token, and {block_bytes:,} a block")
 
 # %%
 once.reveal(
-    block_bytes / queries[-1],
-    "So it should stay there for longer than that. Moves go while a step computes: in the paper 16 "
-    "tokens of a request with each step cost no measurable time, and 32 cost 8.6 % of the tokens/s.",
-    how="counted",
+    block_bytes / token_bytes,
+    "A loan costs both: each block once, and this for every token and creditor, however many blocks it "
+    "holds. Blocks move while a step computes: in the paper 16 tokens of a request with each step cost no "
+    "measurable time, and 32 cost 8.6 % of the tokens/s.",
+    how="by formula",
 )
 
 # %% [markdown]
 # ## What if: does it pay?
 #
-# By formula: requests fill an instance's memory, and it borrows part of another's. In each layer queries go out and answers come back, while
-# it reads its own keys. Find where it stops paying. Do long contexts make it better or worse? Does a faster device?
+# By formula: whole requests fill an instance's memory, and as many more fit into what it borrows of another's. In each layer queries go out
+# and answers come back, while it reads its own keys. (What it costs the creditor is left out.) Find where it stops paying. Do long
+# contexts make it better or worse?
 
 # %%
 from minillm.distkv.worth import worth_of
@@ -202,22 +215,22 @@ from minillm.viz.worth import draw_worth
 NAMES = "NVLink 4", "PCIe 5 x16", "400 Gbit/s", "100 Gbit/s", "25 Gbit/s", "10 Gbit/s", "1 Gbit/s"
 
 
-def pays(device, model, context, idle):
-    found, free = find_device(device), int(idle.rstrip(" %")) / 100
+def pays(device, model, context, borrowed):
+    found, free = find_device(device), int(borrowed.rstrip(" %")) / 100
     dtype = "bfloat16" if "bfloat16" in found.flops else "float16"
     worths = {name: worth_of(SHAPES[model], found, find_link(name), dtype, context, free)
               for name in NAMES}
     return draw_worth(worths, f"by formula · {model} {dtype} on {device} · requests of {context:,} "
-                      f"tokens, {idle} of another's cache borrowed")
+                      f"tokens, {borrowed} of another's cache borrowed")
 
 
 WhatIf(pays, "On which links does borrowing pay?", device=["H100", "A100 80GB", "L4"],
        model=["Llama-3.1-8B", "Llama-2-7B"], context=[8192, 1024, 2048, 4096, 16384],
-       idle=["90 %", "50 %", "20 %"])
+       borrowed=["90 %", "50 %", "20 %"])
 
 # %% [markdown]
-# The longer the context, the more keys are read for each query that travels, and the less the link matters. On this machine two processes
-# send through a pipe of the operating system; each layer costs about 0.4 ms more, a fifth of the step.
+# The longer the context, the more keys are read for each query that travels, and the less the link matters. A debtor may also borrow
+# too much: on a slow link a smaller share can pay where a large one does not.
 #
 # ## The engine's own
 #
@@ -249,23 +262,27 @@ import os
 import signal
 import warnings
 
+from minillm.trace.life import Event
+
 requests = two.prepare(prompts[:3], answer)
 two.submit(requests)
-while not two.engine.exchange.held()[1]:
+while two.engine.exchange.held()[1].get(0, 0) < 3:
     two.step()
+had = [len(request.token_ids) for request in requests]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     os.kill(two.instances[1].ranks.pids[0], signal.SIGKILL)
     while two.engine.requests:
         two.step()
 kept = [request.token_ids for request in requests] == texts["alone"][:3]
-print("the same tokens as before:", kept)
+again = [sum(what is Event.PREEMPTED for what, _ in request.life.moments) for request in requests]
 
 # %%
 lost.reveal(
     2 if kept else 1,
-    "A part of their keys is gone; prompts and tokens are not. They are read again, as after a "
-    "preemption. That is a price of loans: when one instance fails, its debtors feel it too.",
+    f"They had {had} tokens, and were started again {again} times; the tokens are those of before: {kept}. "
+    "A part of their keys was gone; prompts and tokens were not. That is a price of loans: when one "
+    "instance fails, its debtors feel it too.",
 )
 
 # %% [markdown]
@@ -324,7 +341,7 @@ print(f"borrow is {whose(borrow)}: all borrowed: {got}, held at {held}")
 # | context | a sequence's KV cache, by positions | queries to the keys, o, m and l back | 11 |
 # | data | requests | nothing | 08 |
 #
-# > **Out there.** The paper reports 1.35 to 1.73 times the tokens/s of instances that do not share, more where lengths vary more. Mooncake and
+# > **Out there.** The paper reports 1.35 to 1.73 times the tokens/s of vLLM instances that do not share, more where lengths vary more. Mooncake and
 # > LMCache pool KV caches too, mostly to find prefixes again: there keys travel, once.
 # >
 # > **Your devices.** No GPU: processes, as here. GPUs: `minillm generate --layout dp=2 --borrowing`; blocks go through the host's memory, and

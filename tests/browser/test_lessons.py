@@ -436,7 +436,7 @@ def test_lesson_11(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "11_distattention.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "11")
-    guess_a_factor(page, page.locator(".minillm-card", has_text="how many times as fast are four ranks"), 0.4)
+    guess_a_factor(page, page.locator(".minillm-card", has_text="how many times as fast are four ranks"), 0.4, "Replayed")
     ask = page.locator(".minillm-card", has_text="What comes out?")
     ask.first.locator("button", has_text="fluent text").click()
     ask.first.locator("button", has_text="That is my guess").click()

@@ -69,13 +69,13 @@ def _parts(label: str, *shards: list[tuple[float, list[float]]]) -> Case:
     return Case(label, ([part_of([s for s, _ in shard], [v for _, v in shard]) for shard in shards],))
 
 
-def _document(label: str, *lengths: int, first: int = 1) -> Case:
+def _document(label: str, *lengths: int, first: int = 1, query: tuple[float, float] = (1.5, -0.5)) -> Case:
     """So many keys on each rank. All ranks know how many there are, and only rank 0 has the query."""
     made = [[((7 * n + 3 * at) % 5 - 2.0) / 2 for at in range(4)] for n in range(first, first + sum(lengths))]
     begins = [sum(lengths[:rank]) for rank in range(len(lengths))]
     shards = [made[begin : begin + count] for begin, count in zip(begins, lengths)]
     inputs = [
-        ([1.5, -0.5] if rank == 0 else None, [row[:2] for row in shard], [row[2:] for row in shard], list(lengths))
+        (list(query) if rank == 0 else None, [row[:2] for row in shard], [row[2:] for row in shard], list(lengths))
         for rank, shard in enumerate(shards)
     ]
     return Case(label, tuple(inputs))
@@ -93,6 +93,9 @@ TRAVEL = Exercise(
         Case("as many queries as keys, 3 KV heads", (512, 512, 9, 3, 64)),
         Case("as many queries as keys, all heads alike", (512, 512, 8, 8, 64)),
         Case("one KV head", (40, 300, 32, 1, 128)),
+        Case("a few tokens, a long document", (16, 4096, 9, 3, 64)),
+        Case("nearly as many bytes", (640, 1930, 9, 3, 64)),
+        Case("a few more keys", (640, 2300, 9, 3, 64)),
     ),
     starter='''\
 def travel(queries, keys, heads, kv_heads, head_dim):
@@ -167,6 +170,7 @@ ASK = RanksExercise(
         _document("3 ranks, 4, 1 and 2 keys", 4, 1, 2),
         _document("4 ranks, none on rank 2", 2, 3, 0, 4),
         _document("3 ranks, none on rank 0", 0, 2, 3),
+        _document("2 ranks, scores of hundreds", 3, 4, query=(301.0, -98.0)),
     ),
     real=_document("4 ranks, none on rank 1", 5, 0, 3, 6, first=4),
     allowed=("send",),
@@ -174,10 +178,10 @@ ASK = RanksExercise(
     unit="bytes of messages",
     starter='''\
 def ask(comm, given):
-    """Rank 0's query attends to the keys of all ranks. It returns an answer (2 numbers), others None.
+    """Rank 0's query attends to the keys of all ranks. It returns a tensor of 2 numbers, others None.
 
     given = q, keys, values, lengths: q is None but on rank 0; keys, values (rows of 2): this rank's;
-    lengths[r] is how many rank r has. A score is q · k / √2. Target: nobody without keys is asked.
+    lengths[r] is how many rank r has. A score is q · k / √2. Target: the bytes of asking those that have keys.
     """
     q, keys, values, lengths = given  # MEND (about 16 lines): all keys and values come to rank 0
     if comm.rank > 0:

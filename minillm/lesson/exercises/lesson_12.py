@@ -91,6 +91,12 @@ def fewest_asks(case: Case) -> int:
     return drive_borrow(borrow_all, case).work
 
 
+def _others(label: str, need: int, said: list[int], really: list[int] | None = None) -> Case:
+    """So many blocks are needed, and so many are said to be free, or are. A verdict tells all three."""
+    told = f"need {need}, said {said}" + (f", really {really}" if really else "")
+    return Case(f"{label} ({told})", (need, said, really or said))
+
+
 WIRE = Exercise(
     name="12.wire",
     function="wire_bytes",
@@ -138,13 +144,15 @@ GRANT = Exercise(
         Case("firm, and just enough", (6, True, 6, 2, 8, 3)),
         Case("more lent than the cap is now", (2, False, 10, 9, 8, 0)),
         Case("a cap of zero", (2, True, 10, 0, 0, 0)),
+        Case("firm, and the cap leaves a part", (2, True, 10, 7, 8, 0)),
+        Case("three wait here", (2, False, 10, 0, 8, 3)),
     ),
     starter='''\
 def grant(asked, firm, free, lent, cap, waiting):
     """How many of the blocks asked for a creditor lends: as many as it can, at most `cap` in all.
 
-    It has `free` blocks, has lent `lent`, and `waiting` own requests wait: then it lends none.
-    A firm ask is for a request that cannot run without: met even then, but whole or not at all.
+    It has `free` blocks and has lent `lent`. While own requests wait (`waiting` of them) it lends none,
+    but to firm asks: those are for a request that cannot run without, and are met whole or not at all.
     """
     return min(asked, free)  # MEND (about 6 lines)
 ''',
@@ -173,14 +181,17 @@ BORROW = Exercise(
     plain=False,
     names=("all borrowed", "blocks held at the end"),
     cases=(
-        Case("one has enough", (3, [2, 5], [2, 5])),
-        Case("two together", (6, [3, 1, 4], [3, 1, 4])),
-        Case("the fullest view first", (7, [1, 2, 1, 6, 3], [1, 2, 1, 6, 3])),
-        Case("one has less than it is said to have", (5, [6, 3, 2], [1, 3, 2])),
-        Case("nobody has enough", (9, [4, 2], [4, 2])),
-        Case("not enough, but nobody knew", (6, [4, 3], [4, 1])),
-        Case("one has nothing", (4, [0, 4, 0], [0, 4, 0])),
-        Case("nothing is needed", (0, [3], [3])),
+        _others("one has enough", 3, [2, 5]),
+        _others("two together", 6, [3, 1, 4]),
+        _others("the fullest view first", 7, [1, 2, 1, 6, 3]),
+        _others("one has less than it is said to have", 5, [6, 3, 2], [1, 3, 2]),
+        _others("nobody has enough", 9, [4, 2]),
+        _others("not enough, but nobody knew", 6, [4, 3], [4, 1]),
+        _others("one has nothing", 4, [0, 4, 0]),
+        _others("nothing is needed", 0, [3]),
+        _others("all alike", 6, [3, 3]),
+        _others("the last of three has less", 12, [4, 4, 4], [4, 4, 3]),
+        _others("three together", 9, [3, 3, 3]),
     ),
     starter='''\
 def borrow(need, said, ask, give_back):
