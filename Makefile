@@ -52,7 +52,7 @@ gpu:
 
 # Every benchmark of bench/, raw figures to bench/results
 bench: setup-test
-	@for script in ranks decode trace serving pipeline tensor data experts distkv; do $(BIN)/python bench/$$script.py; done
+	@for script in ranks decode trace serving pipeline tensor data experts distkv disagg; do $(BIN)/python bench/$$script.py; done
 
 lint: setup-test
 	$(BIN)/ruff check --fix .

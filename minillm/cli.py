@@ -159,6 +159,10 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
         "--most-lent", type=int, metavar="N", help="blocks that each lends (default: all that are free)"
     )
     options.add_argument("--move-blocks", type=int, default=1, metavar="N", help="of a request in a step (default 1)")
+    options.add_argument(
+        "--kv-transfer", default="layer", help="from prefill to decode instances: whole, chunk or layer (default)"
+    )
+    options.add_argument("--link-gbits", type=float, metavar="X", help="slow each rank's link to so many Gbit/s")
 
 
 def _served(options: argparse.Namespace) -> Any:
@@ -176,7 +180,9 @@ def _llm(options: argparse.Namespace, engine: Any = None, **more: Any) -> Any:
     llm = LLM(options.model, options.layout, options.device, options=engine, ranks=options.launch, **more)
     if options.launch is not None:
         from minillm.parallel.hybrid import seating
+        from minillm.parallel.layout import Layout
 
+        assert isinstance(llm.layout, Layout)
         print(seating(llm.layout, options.launch.cards), file=sys.stderr, flush=True)
     return llm
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from minillm.disagg.layout import SplitLayout, parse_layout
+from minillm.disagg.split import Split, split_pools, start_split
 from minillm.engine.engine import Engine
 from minillm.engine.intake import Intake
 from minillm.engine.request import RequestOutput
@@ -47,7 +49,7 @@ class LLM(Session):
 
     `checkpoint` is a Hugging Face folder, a hub name, or None for the embedded SmolLM2-135M-Instruct. `layout` "" runs in this
     process; "pp=2" (stages), "tp=2" (slices of every layer), "dp=2" (replicas), "dp=2,ep=2" (replicas that share experts) and all
-    of them together run on ranks that it starts, or on the `ranks` given: with dp a list, one `Ranks` for each replica; under a
+    of them together, or "prefill=1xtp=1,decode=1xtp=1" (instances that read prompts, and others that decode), run on ranks that it starts, or on the `ranks` given: with several instances a list, one `Ranks` for each; under a
     launcher, what `lead` gives. `device` is "cpu", "cuda" or None for a GPU if there is one; `dtype` is "float32", "bfloat16", "float16" or None for float32 on a CPU and the checkpoint's
     own on a GPU. `options` are the engine's limits and switches; `router` says which replica gets a request: "round-robin",
     "least-tokens", "prefix-aware", or a class of your own. Raises `ValueError` in one line for whatever cannot be.
@@ -56,7 +58,7 @@ class LLM(Session):
     def __init__(
         self,
         checkpoint: str | Path | None = None,
-        layout: str | Layout = "",
+        layout: str | Layout | SplitLayout = "",
         device: str | None = None,
         dtype: str | None = None,
         options: EngineOptions | None = None,
@@ -65,20 +67,23 @@ class LLM(Session):
     ) -> None:
         super().__init__()
         self.options = _options(options)
-        self.layout = Layout.parse(layout)
+        self.layout = parse_layout(layout)
         _check_borrowing(self.options, self.layout)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
         self.router = router
-        make_router(router, self.layout.dp)
+        make_router(router, self.layout.routed)
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device, self.config.dtype)
         self.tokenizer = Tokenizer(self.folder)
         self.intake = Intake(self.config, self.tokenizer)
         self._started: list[Ranks] = []  # by this LLM, which ends them
         self._owns = True  # the weights; its twins of other options do not
+        if isinstance(ranks, Launch) and isinstance(self.layout, SplitLayout):
+            raise ValueError(f"layout {str(self.layout)!r} starts its own ranks, on this host: leave the launcher out")
         if isinstance(ranks, Launch):
+            assert isinstance(self.layout, Layout)
             ranks = self._started = fill(ranks, self.layout, self.device.type)
         if self.layout.world_size == 1:
             _refuse_ranks(ranks)
@@ -138,6 +143,8 @@ class LLM(Session):
         self._check_idle()
         if not isinstance(redundant, int) or redundant < 0:
             raise ValueError(f"redundant={redundant!r}: give a whole number from 0")
+        if isinstance(self.layout, SplitLayout):
+            raise ValueError(f"layout {str(self.layout)!r}: experts are placed only where all instances are alike")
         check_placements(placements, self.config, self.layout)
         self.instance.ready()
         told = self.instance.ranks.run(place_experts, self.instance.name, placements, redundant)
@@ -152,7 +159,7 @@ class LLM(Session):
         twin.__dict__.pop("engine", None)
         twin.options, twin.trace, twin._started, twin._owns = _options(options or self.options), Trace(), [], False
         twin.router = router or self.router
-        make_router(twin.router, twin.layout.dp)
+        make_router(twin.router, twin.layout.routed)
         _check_borrowing(twin.options, twin.layout)
         twin._check_open()
         return twin
@@ -186,7 +193,9 @@ class LLM(Session):
         self._check_open()
         recorder = self._new_recorder(on_span=self.on_span)
         self.trace = recorder.trace
-        router = make_router(self.router, self.layout.dp)
+        router = make_router(self.router, self.layout.routed)
+        if isinstance(self.layout, SplitLayout):
+            return Split(self.instances, self.layout.roles, self.options, recorder, router)
         if self.layout.instances > 1:
             return Replicas(self.instances, self.options, recorder, router)
         if self.layout.world_size > 1:
@@ -201,14 +210,21 @@ class LLM(Session):
     def _on_ranks(self, ranks: Ranks | Sequence[Ranks] | None) -> list[Instance]:
         """The weights on the ranks given, or on ranks of its own, which end with it."""
         if ranks is None:
-            ranks = self._started = start_pools(self.layout, self.device.type)
+            ranks = self._started = self._new_pools()
         pools = [ranks] if isinstance(ranks, Ranks) else list(ranks)
         try:
+            if isinstance(self.layout, SplitLayout):
+                return start_split(self.folder, self.layout, self.device, self.dtype, pools)
             return start_replicas(self.folder, self.layout, self.device, self.dtype, pools)
         except BaseException:
             for pool in self._started:
                 pool.close()
             raise
+
+    def _new_pools(self) -> list[Ranks]:
+        if isinstance(self.layout, SplitLayout):
+            return split_pools(self.layout, self.device.type)
+        return start_pools(self.layout, self.device.type)
 
     def _score_on_ranks(self, token_ids: list[int]) -> torch.Tensor:
         if self.engine.has_work:
@@ -249,8 +265,12 @@ def _options(options: EngineOptions | None) -> EngineOptions:
     return options or EngineOptions()
 
 
-def _check_borrowing(options: EngineOptions, layout: Layout) -> None:
+def _check_borrowing(options: EngineOptions, layout: Layout | SplitLayout) -> None:
     """Raise `ValueError` for instances that cannot borrow of each other."""
+    if isinstance(layout, SplitLayout):
+        if options.borrowing:
+            raise ValueError(f"borrowing=True: layout {str(layout)!r} hands caches over, and lends none: leave it out")
+        return
     if options.borrowing and (layout.instances == 1 or layout.cp > 1):
         why = "shares its KV cache by cp already" if layout.cp > 1 else "has one instance"
         raise ValueError(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from minillm.engine.handing import Handing
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.engine.runner import Runner, Work
 from minillm.model.sampling import Draw
@@ -61,6 +62,7 @@ class Engine:
         self.steps = 0
         self.failed: frozenset[int] = frozenset()  # who was in a step that ended in the last error
         self.borrowing: Borrowing | None = None
+        self.handing: Handing | None = None
         self.record(recorder)
 
     @property
@@ -113,6 +115,8 @@ class Engine:
     def step(self) -> list[Piece]:
         """One turn of the loop: fill the runner, take what comes out first. No pieces when nothing can run."""
         try:
+            if self.handing is not None:
+                self.handing.hear(time.monotonic())
             while len(self.under_way) < self.runner.depth:
                 work = self.runner.agree(self.schedule())
                 if work is None:
@@ -137,6 +141,7 @@ class Engine:
         for request_id in batch.preempted:
             if request_id in self.requests:  # else it was cancelled meanwhile
                 self.requests[request_id].life.note(Event.PREEMPTED, now)
+        started = []
         for chunk in batch.chunks:
             request = self.requests[chunk.request_id]
             last = request.life.moments[-1][0]
@@ -144,6 +149,9 @@ class Engine:
                 request.life.reused_tokens = chunk.start
             if last is Event.ARRIVED or last in LOST_BLOCKS:
                 request.life.note(Event.STARTED, now)
+                started.append(chunk.request_id)
+        if self.handing is not None:
+            self.handing.scheduled(batch, started, now)
         self._note_cache()
         draws = tuple(self._draws(chunk) for chunk in batch.chunks if chunk.samples)
         return Work(self.steps, batch, draws, self.scheduler.pool.used_on(self.runner.spread))
@@ -173,8 +181,12 @@ class Engine:
         return pieces
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """End requests that have not ended yet; their blocks are free at once."""
-        for request in with_twins(requests):
+        """End requests that have not ended yet, with the other samples of their prompts; their blocks are free at once."""
+        self.drop(with_twins(requests))
+
+    def drop(self, requests: Iterable[Request]) -> None:
+        """End these requests; other samples of their prompts go on."""
+        for request in requests:
             if request.finish_reason is None:
                 request.cancel(time.monotonic())
                 if request.request_id in self.requests:
@@ -221,3 +233,5 @@ class Engine:
         del self.requests[request.request_id]
         with self._alone():
             self.scheduler.remove(request.request_id)
+        if self.handing is not None:
+            self.handing.left(request)

@@ -14,13 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
+from itertools import accumulate
 from multiprocessing.connection import wait
 
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.parallel.door import House
 from minillm.parallel.instance import Instance
 from minillm.parallel.market import Exchange
+from minillm.parallel.member import lend
 from minillm.parallel.remote import WAIT_S, RemoteEngine
+from minillm.policy.handing import Dispatcher
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
 from minillm.policy.router import Router
@@ -43,15 +46,16 @@ class Replicas:
         instances: Sequence[Instance],
         options: EngineOptions,
         recorder: Recorder,
-        router: Router,
+        router: Router | Dispatcher,
         order: Order = first_come,
+        house: House | None = None,
     ) -> None:
-        size = instances[0].layout.world_size
         self.options, self.router = options, router
-        house = House() if options.borrowing else None
+        house = House(lend) if options.borrowing else house
+        begins = accumulate((instance.layout.world_size for instance in instances), initial=0)
         self.engines = [
-            RemoteEngine(instance, options, recorder, order, number * size, fails=False, house=house)
-            for number, instance in enumerate(instances)
+            RemoteEngine(instance, options, recorder, order, begin, fails=False, house=house)
+            for instance, begin in zip(instances, begins)
         ]
         self.exchange = Exchange(self.engines, options) if options.borrowing else None
         self.losses: list[tuple[int, Exception]] = []  # which replica, and why
@@ -137,9 +141,9 @@ class Replicas:
             try:
                 if engine.has_work:
                     with self._guarded(engine):
-                        pieces += self._told(engine.step(0.0))
+                        pieces += self._told(engine.step(0.0), engine)
             finally:
-                pieces += self._told(engine.taken())
+                pieces += self._told(engine.taken(), engine)
         self._place()
         return pieces
 
@@ -160,7 +164,7 @@ class Replicas:
         for engine in self.engines:
             engine.close()
 
-    def _told(self, pieces: list[Piece]) -> list[Piece]:
+    def _told(self, pieces: list[Piece], engine: RemoteEngine) -> list[Piece]:
         """Let the router know."""
         for piece in pieces:
             self.router.gave(piece.request_id)
@@ -203,13 +207,17 @@ class Replicas:
             engine = self.engines[replica]
             lost, engine.lost, engine.error = engine.lost, [], None
             self.losses.append((replica, error))
-            self.router.lose(replica)
+            self._strand(replica, lost)
             if self.exchange is not None:
                 self.exchange.regain()
-            self._take_back(lost)
             self._restart(replica)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         warnings.warn(f"replica {replica} was lost, its requests go on at others: {reason}", RuntimeWarning, 2)
+
+    def _strand(self, replica: int, lost: list[Request]) -> None:
+        """The requests of a replica that is lost."""
+        self.router.lose(replica)
+        self._take_back(lost)
 
     def _take_back(self, requests: list[Request]) -> None:
         """Requests of a lost replica, with what they were given, are served by nobody."""
@@ -263,12 +271,16 @@ class Replicas:
         for engine in self.exchange.given_up() if self.exchange is not None else ():
             engine.abandon()
             self._lose(self.engines.index(engine), RuntimeError("it was too slow for those that borrow of it"))
-        if len(self.router.lost) == len(self.engines) and not self._returning:
+        if self._nobody_left():
             homeless, self._homeless = self._homeless, deque()
             self.failed |= {each.request_id for each in self._fail(homeless)}
             for replica in self.router.lost:
                 self._restart(replica)
             raise next(error for error in self._gone.values() if error is not None)
+
+    def _nobody_left(self) -> bool:
+        """Whether all are lost, and none is on its way back."""
+        return len(self.router.lost) == len(self.engines) and not self._returning
 
     def _miss(self, replica: int) -> None:
         """A replica does not come back: requests that can run only with its memory are given up."""

@@ -1,11 +1,11 @@
-"""Where instances that borrow of each other meet, and how they speak: JSON or a tensor's bytes over a socket of this host."""
+"""Where instances that work together meet, and how they speak: JSON or a tensor's bytes over a socket of this host."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
@@ -16,18 +16,19 @@ import torch
 
 
 class LinkLost(Exception):
-    """A creditor is gone, or does not answer."""
+    """Another instance is gone, or does not answer."""
 
 
 @dataclass(frozen=True)
 class Door:
-    """Where instance `party`, which lends and borrows, is found: by sockets in `folder`, with `key`. A party that starts anew has a
-    new number.
+    """Where instance `party`, which works with others, is found: by sockets in `folder`, with `key`. A party that starts anew has a new
+    number. `equip(seat, member, rank, door)` is called on each of its ranks.
     """
 
     party: int
     folder: Path
     key: bytes
+    equip: Callable[[Any, Any, int, Door], None]
 
     def address(self, party: int, rank: int) -> str:
         """The socket of a rank of a party."""
@@ -35,16 +36,17 @@ class Door:
 
 
 class House:
-    """Where instances that borrow of each other meet; it is gone with its last user."""
+    """Where instances that work together meet, each equipped so; it is gone with its last user."""
 
-    def __init__(self) -> None:
+    def __init__(self, equip: Callable[[Any, Any, int, Door], None]) -> None:
+        self._equip = equip
         self._folder = tempfile.TemporaryDirectory(prefix="minillm-")  # only this user may enter
         self._key = secrets.token_bytes(32)
         self._parties = count()
 
     def door(self) -> Door:
         """The door of a new party."""
-        return Door(next(self._parties), Path(self._folder.name), self._key)
+        return Door(next(self._parties), Path(self._folder.name), self._key, self._equip)
 
 
 def send_tensor(link: Connection, tensor: torch.Tensor) -> int:

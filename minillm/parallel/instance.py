@@ -130,12 +130,18 @@ def start_replicas(
             f"layout {str(layout)!r} has {layout.instances} replicas, each on ranks of its own, but there are {len({id(pool) for pool in pools})}: "
             f"give ranks=[Ranks({layout.world_size // layout.instances}), …], or leave it out"
         )
-    alone = replace(layout, dp=1) if layout.instances > 1 else layout
+    return start_alike(folder, replace(layout, dp=1) if layout.instances > 1 else layout, device, dtype, pools)
+
+
+def start_alike(
+    folder: Path, alone: Layout, device: torch.device, dtype: torch.dtype, pools: Sequence[Ranks]
+) -> list[Instance]:
+    """An instance of the same layout on each of the `pools`."""
     with ThreadPoolExecutor(len(pools)) as together:
         for _ in together.map(Ranks.start, pools):
             pass
         one_host = len({place.node for pool in pools for place in pool.places}) == 1
-        shared = share_weights(alone.world_size) if device.type == "cpu" and layout.instances > 1 and one_host else None
+        shared = share_weights(alone.world_size) if device.type == "cpu" and len(pools) > 1 and one_host else None
         first = Instance(pools[0], folder, alone, device, dtype, shared)
         if shared is not None:
             shared = replace(shared, filled=True) if all(part.shared_bytes for part in first.loaded) else None

@@ -97,6 +97,11 @@ class Layout:
         return 1 if self.ep > 1 else self.dp
 
     @property
+    def routed(self) -> int:
+        """Among how many replicas a request's place is chosen."""
+        return self.dp
+
+    @property
     def leaders(self) -> tuple[int, ...]:
         """The first rank of every replica, which has its scheduler."""
         return tuple(range(0, self.world_size, self.world_size // self.dp))

@@ -30,8 +30,8 @@ from minillm.parallel.door import Door, LinkLost, recv_tensor, say, send_tensor
 LINK_S = 5.0  # how long a creditor may take to answer
 
 
-def connect(door: Door, party: int, rank: int) -> Connection:
-    """A wire to a rank of a party, which waits for nothing longer than `LINK_S`. Raises `OSError`."""
+def connect(door: Door, party: int, rank: int, patient: bool = False) -> Connection:
+    """A wire to a rank of a party, which waits for nothing longer than `LINK_S`, unless it is `patient`. Raises `OSError`."""
     box: SimpleQueue[Connection | BaseException] = SimpleQueue()
 
     def call() -> None:
@@ -50,6 +50,9 @@ def connect(door: Door, party: int, rank: int) -> Connection:
     if isinstance(link, BaseException):
         raise OSError(str(link)) from link
     with socket.socket(fileno=os.dup(link.fileno())) as plain:
+        if patient:
+            say(link, "hello", party=door.party)
+            return link
         limit = struct.pack("ll", int(LINK_S), 0)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

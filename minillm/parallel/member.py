@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -40,7 +41,6 @@ from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.experts import Placement
-from minillm.policy.loans import Heartbeat
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order
 from minillm.ranks.baton import Baton
@@ -53,6 +53,12 @@ POST_S = 0.2  # how long rank 0 waits for what it was called for: posts take a w
 REPORT_SPANS = 256  # how many a rank keeps before it reports them
 
 
+class Outfit(Protocol):
+    """What a seat needs to work with other instances."""
+
+    def close(self) -> None: ...
+
+
 @dataclass
 class Seat:
     """One engine of the instance, as far as it is on this rank: a stage, and on rank 0 the engine itself."""
@@ -61,14 +67,15 @@ class Seat:
     options: EngineOptions
     engine: Engine | None = None
     runner: PipelineRunner | None = None
-    told: dict[int, int] = field(default_factory=dict)  # how many moments of each request's life were told
-    lending: Lending | None = None
+    told: WeakKeyDictionary[Request, int] = field(default_factory=WeakKeyDictionary)  # moments of its life
+    outfit: Outfit | None = None  # what it needs to work with other instances
 
 
 @dataclass
 class Member:
     """What a rank of an instance holds."""
 
+    layout: Layout
     model: Decoder
     pipe: Pipe
     everyone: Comm  # all ranks of the instance
@@ -98,7 +105,7 @@ def load(
     for layer in part.model.layers:  # a long prompt is no fault
         layer.register_forward_hook(lambda *_: here.tick())
     here.held[instance] = Member(
-        part.model, pipe, mesh.all(), Intake(read_config(folder), Tokenizer(folder)), part.tally
+        layout, part.model, pipe, mesh.all(), Intake(read_config(folder), Tokenizer(folder)), part.tally
     )
     return Loaded(part.bytes_read, weight_bytes(part.model), part.shared_bytes)
 
@@ -109,8 +116,8 @@ def unload(instance: str) -> None:
 
 
 def open_engine(instance: str, engine: int, options: EngineOptions, order: Order, door: Door | None = None) -> int:
-    """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has. With a door it lends and
-    borrows.
+    """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has. With a door it works with
+    other instances, equipped as the door says.
     """
     here, member = context(), _member(instance)
     close_engine(instance, engine)
@@ -126,18 +133,23 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
         runner = PipelineRunner(seat.stage, num_blocks, options.in_flight or member.pipe.hidden.size)
         seat.engine, seat.runner = Engine(runner, options, Recorder(), order), runner
     if door is not None:
-        seat.lending = seat.stage.lending = Lending(door, here.rank, cache)
-        if seat.engine is not None:
-            borrower = Borrower(seat.lending.links, seat.engine.scheduler, options)
-            seat.engine.borrowing = seat.lending.borrower = borrower
+        door.equip(seat, member, here.rank, door)
     return num_blocks
+
+
+def lend(seat: Seat, member: Member, rank: int, door: Door) -> None:
+    """Let an engine of a rank lend and borrow."""
+    seat.outfit = seat.stage.lending = Lending(door, rank, seat.stage.cache)
+    if seat.engine is not None:
+        borrower = Borrower(seat.stage.lending.links, seat.engine.scheduler, seat.options)
+        seat.engine.borrowing = seat.stage.lending.borrower = borrower
 
 
 def close_engine(instance: str, engine: int) -> None:
     """Let go of an engine and its KV cache."""
     seat = _member(instance).seats.pop(engine, None)
-    if seat is not None and seat.lending is not None:
-        seat.lending.close()
+    if seat is not None and seat.outfit is not None:
+        seat.outfit.close()
 
 
 def serve(instance: str, engine: int, recording: Recording) -> None:
@@ -162,6 +174,8 @@ def serve(instance: str, engine: int, recording: Recording) -> None:
         seat.stage.hold(nullcontext())
         if isinstance(baton, Baton):
             baton.close()
+        if seat.stage.handover is not None:
+            seat.stage.handover.record(seat.stage.recorder)
         _report(here, seat.stage.recorder)
 
 
@@ -233,11 +247,12 @@ def _lead(member: Member, number: int, here: RankContext) -> None:
     seat, until_s = member.seats[number], time.monotonic() + POST_S
     engine, runner = seat.engine, seat.runner
     assert engine is not None and runner is not None
+    if engine.handing is not None:
+        engine.handing.tell = lambda: here.emit(_turn(engine, []))
     while True:
         patience_s = max(0.0, until_s - time.monotonic())
         here_already = number in member.mail or engine.requests or engine.under_way
-        for to, message in here.posted(0.0 if here_already else min(patience_s, runner.patience_s)):
-            member.mail.setdefault(to, []).append(message)
+        _gather(member, here.posted(0.0 if here_already else min(patience_s, runner.patience_s)))
         for message in member.mail.pop(number, ()):
             message(engine, member.intake)
             until_s = patience_s = 0.0  # what it was called for is here
@@ -250,23 +265,34 @@ def _lead(member: Member, number: int, here: RankContext) -> None:
             break
         known = {each.request_id: each for each in with_twins(engine.requests.values())}
         pieces = engine.step()
-        here.emit(Turn([_told(seat, known[piece.request_id], piece) for piece in pieces], engine.load, _beat(engine)))
+        turn = _turn(engine, [_told(seat, known[piece.request_id], piece) for piece in pieces])
+        if turn.told or turn.notes or engine.handing is None:
+            here.emit(turn)
+        if engine.handing is not None and not pieces and not engine.under_way:
+            here.tick()  # all requests wait for others, which is no fault
+            _gather(member, here.posted(SHORT_S))
         if engine.borrowing is not None and engine.requests and not pieces and not engine.under_way:
             time.sleep(SHORT_S)  # they wait for blocks of others, or are in the middle of their prompts
-        for request_id in seat.told.keys() - engine.requests.keys():
-            del seat.told[request_id]
     runner.end()
-    here.emit(Turn([], engine.load, _beat(engine)))
+    here.emit(_turn(engine, []))
 
 
-def _beat(engine: Engine) -> Heartbeat | None:
-    return engine.borrowing.heartbeat() if engine.borrowing is not None else None
+def _gather(member: Member, posts: list[tuple[int, Message]]) -> None:
+    """Put what was posted where its engine finds it."""
+    for to, message in posts:
+        member.mail.setdefault(to, []).append(message)
+
+
+def _turn(engine: Engine, told: list[Told]) -> Turn:
+    """What is told after a step."""
+    beat = engine.borrowing.heartbeat() if engine.borrowing is not None else None
+    return Turn(told, engine.load, beat, engine.handing.taken() if engine.handing is not None else ())
 
 
 def _told(seat: Seat, request: Request, piece: Piece) -> Told:
     """A piece, and the moments of its request that were not told yet."""
     life = request.life
-    began, seat.told[request.request_id] = seat.told.get(request.request_id, 0), len(life.moments)
+    began, seat.told[request] = seat.told.get(request, 0), len(life.moments)
     return Told(piece, began, tuple(life.moments[began:]), life.reused_tokens)
 
 

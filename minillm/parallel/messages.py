@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minillm.engine.engine import Engine
+from minillm.engine.handing import Note
 from minillm.engine.intake import Intake
 from minillm.engine.request import Piece, number
 from minillm.model.sampling import SamplingParams
 from minillm.policy.loans import Heartbeat
 from minillm.policy.request import Load
-from minillm.trace.life import Event
+from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import MemorySample, Span
 
 Message = Callable[[Engine, Intake], None]
@@ -42,10 +43,21 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a request's K and V are, or will be: a party with this layout, which of its readings, and of how many tokens."""
+
+    party: int
+    layout: str
+    reading: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Added:
     """A request that comes in: what `intake` needs to make it again, and its number.
 
-    One that another engine has begun brings the tokens that it was given, which of the samples it is, and its life.
+    One that another engine has begun brings the tokens that it was given, which of the samples it is, and its life. One to be
+    `handed` over is kept after its next token; one with a `source` goes on with the cache that is there.
     """
 
     request_id: int
@@ -57,6 +69,8 @@ class Added:
     given: tuple[int, ...] = ()
     sample: int = 0
     moments: tuple[tuple[Event, float], ...] = ()
+    handed: bool = False
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Turn:
     told: list[Told]
     load: Load
     beat: Heartbeat | None = None
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,12 @@ def add(each: list[Added]) -> Message:
                 request.scheduled.tokens.append(token_id)
                 request.take(token_id, added.arrived_s)
             request.life.moments = list(added.moments)
+            for sample in [request, *request.twins]:
+                sample.scheduled.handed = added.handed
+            if added.source is not None:
+                assert engine.handing is not None
+                request.scheduled.arriving = added.source.tokens
+                engine.handing.transfers.sources[added.request_id] = added.source
             engine.add([request], added.arrived_s)
 
     return message
@@ -107,7 +128,21 @@ def cancel(request_ids: list[int]) -> Message:
     """A message for rank 0: requests that nobody wants any more."""
 
     def message(engine: Engine, intake: Intake) -> None:
-        engine.cancel([engine.requests[each] for each in request_ids if each in engine.requests])
+        engine.drop([engine.requests[each] for each in request_ids if each in engine.requests])
+
+    return message
+
+
+def give(request_id: int, tokens: list[int], life: RequestLife, alone: bool) -> Message:
+    """A message for rank 0 of an instance that goes on with a request: the tokens that it was given, and its life. What it waits for
+    comes or, if it is `alone`, does not.
+    """
+
+    def message(engine: Engine, intake: Intake) -> None:
+        assert engine.handing is not None
+        engine.handing.give(request_id, tokens, life)
+        if alone:
+            engine.handing.go_on_alone(request_id)
 
     return message
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,12 +29,23 @@ from minillm.parallel.lending import Lending
 from minillm.parallel.pipe import Pipe
 from minillm.parallel.rebalance import rebalance
 from minillm.parallel.shards import Shard
+from minillm.policy.batch import Batch
 from minillm.ranks.comm import Comm
 from minillm.ranks.transfers import Transfer
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Category, Kind, Span
 
 NOTE_BYTES = 2048
+
+
+class HandsOver(Protocol):
+    """What hears of each step where caches go to other instances (`disagg/handover.py`)."""
+
+    def begin(self, batch: Batch) -> None: ...
+
+    def settle(self, recorder: Recorder, step: int) -> None: ...
+
+    def record(self, recorder: Recorder) -> None: ...
 
 
 class Elsewhere(nn.Module):
@@ -73,6 +85,7 @@ class Stage:
             self._below += [(pipe.orders, other) for other in range(1, pipe.orders.size)]
         self._leaving: deque[tuple[Transfer, Span]] = deque()
         self.lending: Lending | None = None
+        self.handover: HandsOver | None = None
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` have what happens on this rank from now on."""
@@ -118,6 +131,8 @@ class Stage:
         with self.baton, span, torch.inference_mode():
             if self.lending is not None:
                 self.lending.begin(work.batch)
+            if self.handover is not None:
+                self.handover.begin(work.batch)
             self._copy(work.batch.copies)
             out = with_peak(self.recorder, lambda: self._forward(work, x), self.model.device)
             if last:
@@ -126,6 +141,8 @@ class Stage:
                 out = torch.tensor([work.step, *(token for tokens in drawn for token in tokens)])
             elif self.model.device.type == "cuda" and self.recorder.timing:
                 torch.cuda.current_stream().synchronize()  # so that the span is as long as the work
+        if self.handover is not None:
+            self.handover.settle(self.recorder, work.step)
         if self.lending is not None:
             self.lending.settle(self.recorder, work.step)
             if work.batch.moves and tensor is not None:

@@ -16,11 +16,12 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from minillm.engine.handing import Note
 from minillm.engine.request import Piece, Request, with_twins
 from minillm.parallel.door import House
 from minillm.parallel.instance import Instance
 from minillm.parallel.member import serve
-from minillm.parallel.messages import Added, Message, Recording, Seen, Turn, add, cancel, follow
+from minillm.parallel.messages import Added, Message, Recording, Seen, Source, Turn, add, cancel, follow, give
 from minillm.policy.blocks import BlockPool
 from minillm.policy.loans import Heartbeat
 from minillm.policy.options import EngineOptions
@@ -59,6 +60,7 @@ class RemoteEngine:
     ) -> None:
         self.instance, self.options, self.order, self.house = instance, options, order, house
         self.beat: Heartbeat | None = None  # of an instance that borrows
+        self.notes: list[Note] = []
         self.first_rank, self.fails = first_rank, fails
         self.lost: list[Request] = []
         self.error: Exception | None = None  # with which it was lost
@@ -130,16 +132,16 @@ class RemoteEngine:
             self.recorder.trace.lives.append(request.life)
         self.take_over(requests)
 
-    def take_over(self, requests: Sequence[Request]) -> None:
+    def take_over(self, requests: Sequence[Request], handed: bool = False, source: Source | None = None) -> None:
         """Let requests wait that have arrived, and whose lives are recorded; another engine may have begun them. What they were
-        given stays theirs.
+        given stays theirs. To be `handed` over they are kept after the next token; with a `source` their K and V come from there.
         """
         shares: dict[int, list[Added]] = {}
         for request, leader in zip(requests, self._leaders_for(requests)):
             for each in [request] if request.token_ids else [request, *request.twins]:
                 self.requests[each.request_id] = each
                 each.life.rank = self.first_rank + leader
-            shares.setdefault(leader, []).append(_added(request))
+            shares.setdefault(leader, []).append(replace(_added(request), handed=handed, source=source))
         with self._or_lost(RankError):
             if self._call is None:
                 self.instance.open(self.number, self.options, self.order, self.house)
@@ -198,6 +200,11 @@ class RemoteEngine:
         self._rules.beyond = beyond
         with self._or_lost(RankError):
             self._post(self.leaders[0], follow(view, beyond, moves))
+
+    def give(self, request: Request, alone: bool) -> None:
+        """Tell it what a request was given that waits there for its K and V, and whether it waits in vain."""
+        with self._or_lost(RankError):
+            self._post(self.leaders[0], give(request.request_id, request.token_ids, request.life, alone))
 
     def drop(self, requests: Iterable[Request]) -> None:
         """Serve requests no more that are served here; the others do not matter."""
@@ -283,6 +290,7 @@ class RemoteEngine:
         turn: Turn = event
         self._loads[rank] = turn.load
         self.beat = turn.beat
+        self.notes += turn.notes
         for told in turn.told:
             request = self.requests.get(told.piece.request_id)
             if request is None:  # cancelled meanwhile

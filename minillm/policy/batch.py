@@ -28,7 +28,8 @@ class Chunk:
     """The new tokens of one sequence: `start` tokens of it are in the KV cache already, in the blocks of `block_table`.
 
     `samples` says whether the chunk reaches the sequence's end, so that its last token gives the next one. The sequence's first
-    blocks may be `away`; the block table has -1 for them.
+    blocks may be `away`; the block table has -1 for them. Where other instances go on with a prompt, `reading` is the
+    number of the time that it is read, else 0.
     """
 
     request_id: int
@@ -37,6 +38,7 @@ class Chunk:
     block_table: tuple[int, ...]
     samples: bool = True
     away: tuple[Away, ...] = ()
+    reading: int = 0
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a chunk has at least one token"
@@ -57,7 +59,8 @@ class Batch:
     """Chunks of different sequences, prefill and decode mixed as they come.
 
     `copies` are blocks (from, to) to copy before the pass, after `moves` to and from other instances; `preempted` are requests that
-    lost their blocks for it, and `arrivals` those whose K and V may come now from another instance. Before anything else it is `over` with these instances: what they had here has been taken back.
+    lost their blocks for it, `arrivals` those whose K and V may come now from another instance, and `gone` the
+    readings of prompts for other instances that are here no more. Before anything else it is `over` with these instances: what they had here has been taken back.
     """
 
     chunks: tuple[Chunk, ...]
@@ -66,6 +69,7 @@ class Batch:
     moves: tuple[Move, ...] = ()
     over: tuple[int, ...] = ()
     arrivals: tuple[int, ...] = ()
+    gone: tuple[int, ...] = ()
 
     def split(self, tokens: int) -> tuple[Batch, Batch]:
         """The first so many tokens, and the rest; a chunk that is cut is two, of which the second follows the first."""

@@ -27,13 +27,17 @@ class Role(Enum):
 @dataclass
 class Way:
     """Where a request is: the instance that reads its prompt or keeps its cache, the one that goes on with it, and how many tokens it
-    may still give.
+    may still give; whether its prompt is `read`, and its cache has come to where it goes on; which `reading` of that instance it is, and of how
+    many `tokens`.
     """
 
     prefill: int
     decode: int
     to_come: int
     read: bool = False
+    came: bool = False
+    reading: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Dispatcher:
             if each is role and number not in self.lost and number not in self.turning
         ]
 
-    def arrive(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
+    def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
         """A request is there: who reads its prompt. Raises `LookupError` when nobody is there to."""
         chosen = self.routers[Role.PREFILL].route(request_id, prompt, 1)
         self.ways[request_id] = Way(chosen, NOBODY, most_new)
@@ -98,7 +102,7 @@ class Dispatcher:
     def unread(self, request_id: int) -> int | None:
         """Its prompt was put aside, and is read again later: who keeps room for it in vain."""
         way = self.ways[request_id]
-        was, way.decode = way.decode, NOBODY
+        was, way.decode, way.came = way.decode, NOBODY, False
         self.routers[Role.DECODE].ended(request_id)
         return was if was != NOBODY else None
 
@@ -108,9 +112,19 @@ class Dispatcher:
         self.routers[Role.DECODE].gave(request_id)
 
     def came(self, request_id: int) -> int | None:
-        """Its cache has come to its decode instance: who may forget it now."""
-        way = self.ways.get(request_id)
-        if way is None or way.prefill == NOBODY:
+        """Its cache has come to its decode instance: who may forget it now, as by `free`."""
+        self.ways[request_id].came = True
+        return self.free(request_id)
+
+    def free(self, request_id: int) -> int | None:
+        """Who may forget a request, because its first token is known and its cache is where it goes on."""
+        way = self.ways[request_id]
+        return self.alone(request_id) if way.read and way.came else None
+
+    def alone(self, request_id: int) -> int | None:
+        """Its decode instance goes on with what it has: who may forget it."""
+        way = self.ways[request_id]
+        if way.prefill == NOBODY:
             return None
         was, way.prefill = way.prefill, NOBODY
         self.routers[Role.PREFILL].ended(request_id)
@@ -135,7 +149,7 @@ class Dispatcher:
                 way.prefill = NOBODY
                 (stranded.alone if way.decode != NOBODY else stranded.anew).append(request_id)
             elif way.decode == instance:
-                way.decode = NOBODY
+                way.decode, way.came = NOBODY, False
                 (stranded.anew if way.prefill == NOBODY else stranded.elsewhere).append(request_id)
         for request_id in stranded.anew:
             self.ended(request_id)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+TRANSFERS = ("whole", "chunk", "layer")
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -16,6 +18,8 @@ class EngineOptions:
     long prompt leave in `sum_chunks` parts, each while the next is computed (1: whole). Where experts are shared out,
     `micro_batches` 2 computes one half of a step's tokens while the other half's are under way; every `rebalance_steps` steps
     (None: never) they are placed anew by what was chosen, with `redundant_experts` copies in each layer of those chosen most.
+    Between prefill and decode instances K and V move `kv_transfer` "whole" once the prompt is read, or early, "chunk" by chunk or
+    "layer" by layer, while it is; links are slowed to `link_gbits` Gbit/s a rank (None: as fast as they are).
     Replicas that borrow lend at most `most_lent` blocks each (None: all that are free), and move `move_blocks` of a request in a step.
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
@@ -38,6 +42,8 @@ class EngineOptions:
     redundant_experts: int = 0
     most_lent: int | None = None
     move_blocks: int = 1
+    kv_transfer: str = "layer"
+    link_gbits: float | None = None
     continuous: bool = True
     chunked_prefill: bool = True
     preemption: bool = True
@@ -49,7 +55,15 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), int(field.name not in ("redundant_experts", "most_lent"))
-            if isinstance(field.default, bool):
+            if field.name == "kv_transfer":
+                if value not in TRANSFERS:
+                    raise ValueError(f"kv_transfer={value!r}: give one of {', '.join(TRANSFERS)}")
+            elif field.name == "link_gbits":
+                if value is not None and (
+                    not isinstance(value, int | float) or isinstance(value, bool) or not value > 0
+                ):
+                    raise ValueError(f"link_gbits={value!r}: give a number above 0, or None")
+            elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name}={value!r}: give True or False")
             elif value is None and field.name in ("num_blocks", "in_flight", "rebalance_steps", "most_lent"):

@@ -26,8 +26,8 @@ class ScheduledRequest:
     `tokens` is the prompt and what was generated, `longest` the most there can be; `computed` of them are in the cache, and
     the `in_flight` next ones in batches under way. `samples` sequences will come of it, by forks; each takes one of the places of a batch.
 
-    One that is to be `handed` over goes on at another instance after its first token. There K and V of as many of its tokens are
-    `arriving`, and none are computed until they are there.
+    One that is to be `handed` over goes on at another instance after its first token. Each time that its prompt is read has a number,
+    `reading`, which other samples of it share. There K and V of as many of its tokens are `arriving`, and none are computed until they are there.
     """
 
     request_id: int
@@ -42,6 +42,7 @@ class ScheduledRequest:
     in_flight: int = 0
     table: BlockTable | None = field(default=None, repr=False)
     handed: bool = False
+    reading: int = 0
     arriving: int = 0
 
     @property

@@ -37,6 +37,8 @@ class Scheduler:
         self.requests: dict[int, ScheduledRequest] = {}
         self.beyond = 0  # blocks that other instances lend at most
         self.preempted: list[int] = []  # since the last batch
+        self.readings = 0  # of prompts that are handed over
+        self.gone: list[int] = []  # of these, since the last batch
         self.may_start: Callable[[ScheduledRequest], bool] = lambda request: True
 
     def add(self, request: ScheduledRequest) -> None:
@@ -88,7 +90,10 @@ class Scheduler:
             self._start_new(step, now_s)
         self.under_way += bool(step.chunks)
         preempted, self.preempted = tuple(self.preempted), []
-        return Batch(tuple(step.chunks), tuple(step.copies), preempted, arrivals=tuple(step.arrivals))
+        gone: tuple[int, ...] = ()
+        if step.chunks:  # else nobody hears of it
+            gone, self.gone = tuple(self.gone), []
+        return Batch(tuple(step.chunks), tuple(step.copies), preempted, arrivals=tuple(step.arrivals), gone=gone)
 
     def postprocess(self, batch: Batch, tokens: Sequence[int | None]) -> None:
         """The batch has run: `tokens` has the next token of each chunk that samples, None for the others."""
@@ -130,7 +135,7 @@ class Scheduler:
         parent = self.requests[request_id]
         assert parent.status in (Status.RUNNING, Status.KEPT) and parent.table is not None
         twin.table, twin.computed, twin.status = parent.table.fork(), parent.computed, parent.status
-        twin.arrival_s, twin.priority = parent.arrival_s, parent.priority
+        twin.arrival_s, twin.priority, twin.reading = parent.arrival_s, parent.priority, parent.reading
         parent.samples -= 1
         self.requests[twin.request_id] = twin
         if twin.status is Status.RUNNING:
@@ -235,6 +240,9 @@ class Scheduler:
                 return
             self.running.append(self.waiting.pop(0))
             request.status = Status.RUNNING
+            if request.handed:
+                self.readings += 1
+                request.reading = self.readings
             if count > 0:
                 step.take(request, count)
 
@@ -283,11 +291,16 @@ class Scheduler:
         self.running.remove(request)
         self.waiting.append(request)
         self.preempted.append(request.request_id)
+        if request.reading:
+            self.gone.append(request.reading)
+            request.reading = 0
 
     def _let_go(self, request: ScheduledRequest) -> None:
         if request.table is not None:
             request.table.free()
         del self.requests[request.request_id]
+        if request.reading and all(each.reading != request.reading for each in self.requests.values()):
+            self.gone.append(request.reading)
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)

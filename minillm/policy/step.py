@@ -30,7 +30,7 @@ class Step:
         self.copies += request.table.write(start, end)
         tokens, table = tuple(request.tokens[start:end]), tuple(request.table.blocks)
         away, samples = tuple(request.table.away), end == len(request.tokens)
-        self.chunks.append(Chunk(request.request_id, start, tokens, table, samples, away))
+        self.chunks.append(Chunk(request.request_id, start, tokens, table, samples, away, request.reading))
         request.in_flight += count
         self.budget -= count
         self.has_prompt |= count > 1

@@ -18,6 +18,8 @@ class Event(Enum):
     ARRIVED = "arrived"  # it was handed to the engine
     STARTED = "started"  # its prompt is being computed, for the first time or again after it was preempted
     TOKEN = "token"  # it got a token; the first one ends the prefill
+    TRANSFER = "transfer"  # an instance for decode has room for its K and V, which may come now
+    CAME = "came"  # they are there
     PREEMPTED = "preempted"  # its blocks were taken; it waits again
     MOVED = "moved"  # its replica was lost; it waits at another one
     FINISHED = "finished"  # it got its last token

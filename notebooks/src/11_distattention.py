@@ -195,11 +195,12 @@ models = {"SmolLM2-135M": one.config, **SHAPES}
 def travel(queries, keys, model):
     config = models[model]
     heads = f"{config.heads} heads, {config.kv_heads} KV heads of {config.head_dim}"
-    return draw_travel(config, 2, queries, keys, f"by formula · {model}, {heads} · bfloat16, answers float32")
+    return draw_travel(config, 2, queries, keys,
+                       f"by formula · {model}, {heads} · bfloat16, answers float32")
 
 
-WhatIf(travel, "Who should travel?", queries=[256, 1, 16, 64, 4096], keys=[1024, 64, 256, 16384, 131072],
-       model=list(models))
+WhatIf(travel, "Who should travel?", queries=[256, 1, 16, 64, 4096],
+       keys=[1024, 64, 256, 16384, 131072], model=list(models))
 
 # %% [markdown]
 # The engine can do both: `EngineOptions(ring_prefill=True)` lets keys travel for prompts. For single tokens the query always goes.
@@ -271,8 +272,9 @@ layers = [span for span in last if begin < span.start_s and span.end_s < begin +
 speed.reveal(
     ms["one device"] / ms["cp=4"],
     f"{ms['one device']:.0f} ms a token become {ms['cp=4']:.0f}. One rank computes the token, with all "
-    "weights; the others only look at their keys, which for so few is soon done. In each of 30 layers it "
-    "waits for three answers. Room adds up; speed does not, until keys take longer to read than weights.",
+    "weights; the others only look at their keys, which for so few is soon done. In each of 30 layers "
+    "it waits for three answers. Room adds up; speed does not, until keys take longer to read than "
+    "weights.",
     draw_timeline(replace(runs["cp=4"], spans=layers),
                   "In each layer one rank asks, and all look at their keys",
                   "replayed · devices like a core of this machine · SmolLM2-135M float32, cp=4"),
@@ -288,7 +290,7 @@ from minillm.lesson.source import show_source
 show_source("distkv.attention.partial_attention")
 
 # %% tags=["nbval-ignore-output"]
-show_source("parallel.context_step.ContextStep._ask")  # `going`: which of its rows each rank is asked about
+show_source("parallel.context_step.ContextStep._ask")  # `going`: the rows that go to others
 
 # %% [markdown]
 # ## Break it: finish first, then merge

@@ -78,8 +78,8 @@ print("the same tokens:", texts["alone"] == texts["with borrowing"])
 gain.reveal(
     seconds["alone"] / seconds["with borrowing"],
     "Two or three requests run together where one did. A step reads the weights once for all of them, "
-    "so it takes little longer: that is the gain. Why not two or three times? In every layer a step waits "
-    "for what the other instance says.",
+    "so it takes little longer: that is the gain. Why not two or three times? In every layer a step "
+    "waits for what the other instance says.",
 )
 
 # %% [markdown]
@@ -88,8 +88,8 @@ gain.reveal(
 # Watch it. Once instance 1 has lent four of its five blocks, its own users wake up.
 
 # %%
-back = Predict("12.back", "Instance 1 has lent nearly all its blocks, and gets requests of its own. They …",
-               choices=("wait until instance 0 has finished with them",
+back = Predict("12.back", "Instance 1 has lent nearly all its blocks, and gets requests of its own. "
+               "They …", choices=("wait until instance 0 has finished with them",
                         "start soon: lent blocks are called back", "are refused", "run at instance 0"))
 back
 
@@ -102,7 +102,7 @@ from minillm.viz.style import png
 
 def pools():
     beats = [engine.beat for engine in two.engine.engines]
-    notes = [f"{beat.running} run, {beat.waiting} wait" if beat else "not heard of yet" for beat in beats]
+    notes = [f"{beat.running} run, {beat.waiting} wait" if beat else "not heard of" for beat in beats]
     return Image(png(draw_held(two.engine.exchange.held(), 5, notes, f"Blocks in use after {now:.1f} s",
                                "measured, from heartbeats · blocks of 16 tokens")), width=960)
 
@@ -128,8 +128,8 @@ waited = max(request.life.ttft_s for request in theirs)
 back.reveal(
     1,
     "The creditor calls; the debtor brings blocks home where it has room, and else starts its youngest "
-    f"request again later. Both had their first token after {waited:.1f} s at most. Without that, nobody "
-    "would lend.",
+    f"request again later. Both had their first token after {waited:.1f} s at most. Without that, "
+    "nobody would lend.",
     draw_lending(history, 5, woke,
                  "Instance 1 lends what it does not need, and gets it back when it does",
                  "measured, from heartbeats · two processes of this machine · SmolLM2-135M float32"),
@@ -158,8 +158,8 @@ print(f"{before:.0f} tokens/s become {after:.0f}: the weights are read for 5 req
 # A block moves once. After that each token sends a query to every creditor, and gets an answer.
 
 # %%
-once = Predict("12.once", "The queries and answers of how many decoded tokens take as many bytes as one "
-               "moved block of 16 tokens?", "tokens", 0.1, 1000)
+once = Predict("12.once", "The queries and answers of how many decoded tokens take as many bytes "
+               "as one moved block of 16 tokens?", "tokens", 0.1, 1000)
 once
 
 # %%
@@ -193,8 +193,8 @@ print(f"by formula: with the answers {token_bytes:,} bytes a token, and {block_b
 once.reveal(
     block_bytes / token_bytes,
     "A loan costs both: each block once, and this for every token and creditor, however many blocks it "
-    "holds. Blocks move while a step computes: in the paper 16 tokens of a request with each step cost no "
-    "measurable time, and 32 cost 8.6 % of the tokens/s.",
+    "holds. Blocks move while a step computes: in the paper 16 tokens of a request with each step cost "
+    "no measurable time, and 32 cost 8.6 % of the tokens/s.",
     how="by formula",
 )
 
@@ -280,9 +280,9 @@ again = [sum(what is Event.PREEMPTED for what, _ in request.life.moments) for re
 # %%
 lost.reveal(
     2 if kept else 1,
-    f"They had {had} tokens, and were started again {again} times; the tokens are those of before: {kept}. "
-    "A part of their keys was gone; prompts and tokens were not. That is a price of loans: when one "
-    "instance fails, its debtors feel it too.",
+    f"They had {had} tokens, and were started again {again} times; the tokens are those of before: "
+    f"{kept}. A part of their keys was gone; prompts and tokens were not. That is a price of loans: "
+    "when one instance fails, its debtors feel it too.",
 )
 
 # %% [markdown]

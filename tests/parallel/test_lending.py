@@ -97,7 +97,7 @@ def until_borrowed(llm: LLM, prompts: list[list[int]], params: SamplingParams, b
 
 def traffic(instance: str, engine: int) -> tuple[int, int, int]:
     """What went over this rank's links as a debtor: queries, answers, blocks."""
-    links = context().held[instance].seats[engine].lending.links._links.values()
+    links = context().held[instance].seats[engine].outfit.links._links.values()
     each = [(link.traffic.queries, link.traffic.answers, link.traffic.blocks) for link in links]
     return tuple(map(sum, zip((0, 0, 0), *each)))
 

@@ -50,7 +50,7 @@ class Cluster:
         for number in [each for each in self.homeless if self.dispatcher.present(Role.PREFILL)]:
             self.homeless.remove(number)
             tokens = self.tokens[number]
-            at = self.dispatcher.arrive(number, tokens, self.longest[number] - len(tokens))
+            at = self.dispatcher.route(number, tokens, self.longest[number] - len(tokens))
             self.add(at, ScheduledRequest(number, list(tokens), self.longest[number], number, handed=True))
         for number, way in list(self.dispatcher.ways.items()):
             if way.read and way.decode < 0:
@@ -60,7 +60,7 @@ class Cluster:
                 self.step(place, machine)
         for number, ticks in list(self.moving.items()):
             self.moving[number] = ticks - 1
-            if ticks <= 0 and self.dispatcher.ways[number].read:
+            if ticks <= 0 and self.computed(number):
                 self.land(number)
 
     def add(self, at: int, request: ScheduledRequest) -> None:
@@ -79,6 +79,9 @@ class Cluster:
                 self.started.add(chunk.request_id)
                 self.send_on(chunk.request_id, self.dispatcher.started(chunk.request_id))
         machine.run(batch)
+        for number in [each for each, ticks in self.moving.items() if ticks <= 0]:
+            if self.dispatcher.ways[number].prefill == place and self.computed(number):
+                self.land(number)  # before the token is known
         for number, token in machine.news():
             self.tokens[number].append(token)
             if self.dispatcher.ways[number].prefill != place:
@@ -90,6 +93,7 @@ class Cluster:
                 if decode >= 0:
                     self.machines[decode].scheduler.requests[number].tokens.append(token)
                 self.send_on(number, self.dispatcher.read(number))
+                self.free(number, self.dispatcher.free(number))
 
     def send_on(self, number: int, decode: int | None) -> None:
         if decode is None:
@@ -105,15 +109,24 @@ class Cluster:
         way = self.dispatcher.ways[number]
         here, there = self.machines[way.prefill], self.machines[way.decode]
         kept, coming = here.scheduler.requests[number], there.scheduler.requests[number]
-        assert kept.status is Status.KEPT and kept.table is not None and coming.table is not None
+        assert kept.table is not None and coming.table is not None
         size = self.options.block_size
         for at in range(coming.arriving):
             there.memory[coming.table.blocks[at // size], at % size] = here.memory[
                 kept.table.blocks[at // size], at % size
             ]
         there.scheduler.arrived(number)
-        assert self.dispatcher.came(number) is not None
-        here.scheduler.remove(number)
+        self.free(number, self.dispatcher.came(number))
+
+    def computed(self, number: int) -> bool:
+        """Whether all of its prompt's K and V are there, though its token may not be."""
+        way = self.dispatcher.ways[number]
+        request = self.machines[way.prefill].scheduler.requests[number]
+        return request.computed + request.in_flight >= self.machines[way.decode].scheduler.requests[number].arriving
+
+    def free(self, number: int, place: int | None) -> None:
+        if place is not None:
+            self.machines[place].scheduler.remove(number)
 
     def withdraw(self, number: int, decode: int | None) -> None:
         if decode is not None:
@@ -218,7 +231,7 @@ def test_prefill_keeps_what_decode_has_no_room_for() -> None:
 def test_an_instance_turns_when_its_last_request_has_left() -> None:
     roles = [Role.PREFILL, Role.PREFILL, Role.DECODE]
     dispatcher = Dispatcher(roles, LeastTokens(3), LeastTokens(3))
-    assert dispatcher.arrive(7, [1, 2], 3) == 0
+    assert dispatcher.route(7, [1, 2], 3) == 0
     dispatcher.flip(0, Role.DECODE)
     assert dispatcher.present(Role.PREFILL) == [1] and dispatcher.present(Role.DECODE) == [2]
     assert dispatcher.read(7) == 2 and dispatcher.came(7) == 0

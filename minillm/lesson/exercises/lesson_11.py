@@ -181,7 +181,7 @@ def ask(comm, given):
     """Rank 0's query attends to the keys of all ranks. It returns a tensor of 2 numbers, others None.
 
     given = q, keys, values, lengths: q is None but on rank 0; keys, values (rows of 2): this rank's;
-    lengths[r] is how many rank r has. A score is q · k / √2. Target: the bytes of asking those that have keys.
+    lengths[r] is how many rank r has. A score is q · k / √2. Target: the bytes of asking who has keys.
     """
     q, keys, values, lengths = given  # MEND (about 16 lines): all keys and values come to rank 0
     if comm.rank > 0:

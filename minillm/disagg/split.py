@@ -1,0 +1,183 @@
+"""Prefill and decode on instances of their own, as one engine: it sends every request to who reads its prompt, and then to who goes on.
+
+Instances are replicas that need not be alike, and are lost and started anew like those (`parallel/data.py`). Who does what is decided in
+`policy/handing.py`; K and V move between the instances themselves (`handover.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from minillm.disagg.handover import equip
+from minillm.disagg.layout import SplitLayout
+from minillm.engine.request import Piece, Request
+from minillm.parallel.data import Replicas
+from minillm.parallel.door import House
+from minillm.parallel.instance import Instance, check_ranks, start_alike
+from minillm.parallel.messages import Source
+from minillm.parallel.remote import RemoteEngine
+from minillm.policy.handing import NOBODY, Dispatcher, Role
+from minillm.policy.options import EngineOptions
+from minillm.policy.request import Order, ScheduledRequest, first_come
+from minillm.policy.router import LeastTokens, Router
+from minillm.ranks.pool import Ranks
+from minillm.ranks.signals import uninterrupted
+from minillm.trace.recorder import Recorder
+
+
+def start_split(
+    folder: Path, layout: SplitLayout, device: torch.device, dtype: torch.dtype, pools: Sequence[Ranks]
+) -> list[Instance]:
+    """An instance on each of the `pools`. Raises `ValueError` for other pools than one for each, and for ranks of several hosts."""
+    sizes = [each.world_size for each in layout.each]
+    if len({id(pool) for pool in pools}) != len(sizes):
+        raise ValueError(
+            f"layout {str(layout)!r} has {len(sizes)} instances, each on ranks of its own, but there are {len(pools)}: "
+            f"give ranks=[{', '.join(f'Ranks({size})' for size in sizes)}], or leave it out"
+        )
+    for pool, each in zip(pools, layout.each):
+        check_ranks(pool, each, device)
+    if layout.prefill == layout.decode:
+        instances = start_alike(folder, layout.prefill, device, dtype, pools)
+    else:
+        instances = start_alike(folder, layout.prefill, device, dtype, pools[: layout.prefills])
+        instances += start_alike(folder, layout.decode, device, dtype, pools[layout.prefills :])
+    if len({place.node for pool in pools for place in pool.places}) > 1:
+        raise ValueError("prefill and decode are on several hosts, and hand over only within one")
+    return instances
+
+
+def split_pools(layout: SplitLayout, device: str) -> list[Ranks]:
+    """Ranks for each instance; together they share the GPUs of this host."""
+    sizes = [each.world_size for each in layout.each]
+    begins = accumulate(sizes, initial=0)
+    return [Ranks(size, device=device, beside=(begin, layout.world_size)) for size, begin in zip(sizes, begins)]
+
+
+class Split(Replicas):
+    """Instances with `roles`, in order. `router` chooses among those for prefill; for decode it is who has the fewest tokens to give."""
+
+    def __init__(
+        self,
+        instances: Sequence[Instance],
+        roles: Sequence[Role],
+        options: EngineOptions,
+        recorder: Recorder,
+        router: Router,
+        order: Order = first_come,
+    ) -> None:
+        self.dispatcher = Dispatcher(roles, router, LeastTokens(len(roles)), options.kv_transfer != "whole")
+        super().__init__(instances, options, recorder, self.dispatcher, order, House(equip))
+
+    def check(self, request: ScheduledRequest) -> None:
+        for engine, role in zip(self.engines, self.dispatcher.roles):
+            engine.check(replace(request, handed=True) if role is Role.PREFILL else request)
+
+    def flip(self, instance: int, role: Role) -> None:
+        """Let an instance have another role once its last request has left it; no weights are read. Raises `ValueError` when nobody
+        else would have the old one.
+        """
+        self.dispatcher.flip(instance, role)
+
+    def _place(self) -> None:
+        """Hand out requests that nobody serves, and those whose prompts are read and which nobody goes on with."""
+        for request_id, way in list(self.dispatcher.ways.items()):
+            if way.read and way.decode == NOBODY:
+                self._send_on(request_id, self.dispatcher.read(request_id))
+        while self._homeless and self.dispatcher.present(Role.PREFILL):
+            request = self._homeless[0]
+            tokens, longest = request.scheduled.tokens, request.scheduled.longest
+            chosen = self.dispatcher.route(request.request_id, tokens, longest - len(tokens))
+            with uninterrupted(), self._guarded(self.engines[chosen]):
+                self._homeless.popleft()
+                for twin in [] if request.token_ids else request.twins:
+                    self.dispatcher.join(twin.request_id, request.request_id)
+                self.engines[chosen].take_over([request], handed=True)
+
+    def _send_on(self, request_id: int, decode: int | None) -> None:
+        """Let an instance for decode have a request, with where its cache is, or will be."""
+        if decode is None:
+            return
+        way, request = self.dispatcher.ways[request_id], self.requests[request_id]
+        here = self.engines[way.prefill]
+        source = Source(here.party, str(here.instance.layout), way.reading, way.tokens)
+        with self._guarded(self.engines[decode]):
+            self.engines[decode].take_over([request], source=source)
+
+    def _told(self, pieces: list[Piece], engine: RemoteEngine) -> list[Piece]:
+        """Requests that have their first token go on elsewhere."""
+        self._heed(engine)
+        number = self.engines.index(engine)
+        for piece in pieces:
+            request_id = piece.request_id
+            way = self.dispatcher.ways.get(request_id)
+            if way is None:
+                continue
+            if piece.finish_reason is not None:
+                self._forget(request_id, [way.prefill, way.decode])
+                self.dispatcher.ended(request_id)
+            elif way.prefill != number or way.read:
+                self.dispatcher.gave(request_id)
+            else:
+                onward = self.dispatcher.read(request_id)
+                if onward is None and way.decode != NOBODY:
+                    self._give(request_id, way.decode)
+                self._send_on(request_id, onward)
+                self._forget(request_id, [self.dispatcher.free(request_id)])
+        return pieces
+
+    def _heed(self, engine: RemoteEngine) -> None:
+        """What happened to requests at an instance."""
+        number, notes = self.engines.index(engine), engine.notes
+        engine.notes = []
+        for note in notes:
+            what, request_id = note.what, note.request_id
+            way, request = self.dispatcher.ways.get(request_id), self.requests.get(request_id)
+            if (
+                way is None
+                or request is None
+                or number != (way.prefill if what in ("started", "unread") else way.decode)
+            ):
+                continue
+            if what == "started":
+                way.reading, way.tokens = note.reading, note.tokens
+                if note.alone:
+                    self._send_on(request_id, self.dispatcher.started(request_id))
+            elif what == "unread":
+                self._forget(request_id, [self.dispatcher.unread(request_id)])
+            elif what == "came":
+                self._forget(request_id, [self.dispatcher.came(request_id)])
+            elif what == "broken":
+                self._forget(request_id, [self.dispatcher.alone(request_id)])
+                self._give(request_id, number, alone=True)
+
+    def _give(self, request_id: int, decode: int, alone: bool = False) -> None:
+        """Tell an instance for decode what a request was given."""
+        with self._guarded(self.engines[decode]):
+            self.engines[decode].give(self.requests[request_id], alone)
+
+    def _forget(self, request_id: int, instances: Sequence[int | None]) -> None:
+        """These instances have nothing to do with a request any more."""
+        for number in instances:
+            if number is not None and number != NOBODY and request_id in self.engines[number].requests:
+                self.engines[number].drop([self.engines[number].requests[request_id]])
+
+    def _strand(self, replica: int, lost: list[Request]) -> None:
+        """Requests of an instance that is lost begin anew, or go on where their caches, or the rest of them, are."""
+        known = {request.request_id: request for request in lost}
+        stranded = self.dispatcher.lose(replica)
+        self._take_back([known[number] for number in stranded.anew if number in known])
+        for request_id in stranded.alone:
+            self._give(request_id, self.dispatcher.ways[request_id].decode, alone=True)
+
+    def _nobody_left(self) -> bool:
+        """Whether a role has lost all its instances, and none is on its way back."""
+        away = self.dispatcher.lost - self._returning.keys()
+        return any(
+            all(number in away for number, each in enumerate(self.dispatcher.roles) if each is role) for role in Role
+        )

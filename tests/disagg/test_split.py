@@ -1,0 +1,194 @@
+"""Prefill and decode on instances of any two layouts: the tokens are those of one device, and K and V move to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import EXAMPLES
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from law import OPTIONS, WORK, check_law, started
+from tiny import make_checkpoint
+
+from minillm import LLM, EngineOptions, SamplingParams
+from minillm.policy.handing import Role
+from minillm.policy.options import TRANSFERS
+from minillm.trace.life import Event
+from minillm.trace.trace import Kind
+
+SHOW = [p for p in Phase if p is not Phase.shrink]
+PAIRS = [
+    "prefill=1xtp=1,decode=1xtp=1", "prefill=1xtp=2,decode=1xpp=2", "prefill=1xpp=2,decode=1xtp=2", "prefill=1xtp=3,decode=1xtp=2",
+    "prefill=1xtp=1,decode=1xtp=4", "prefill=1xtp=4,decode=1xpp=3", "prefill=1xpp=3,decode=1xpp=2", "prefill=1xcp=2,decode=1xtp=1",
+    "prefill=1xtp=2,decode=1xcp=2", "prefill=1xcp=2,decode=1xcp=3", "prefill=1xtp=2,pp=2,decode=1xtp=1", "prefill=1xtp=1,decode=1xtp=2,cp=2",
+    "prefill=2xtp=1,decode=1xtp=1", "prefill=1xtp=1,decode=2xpp=2",
+]  # fmt: skip
+OFTEN = ["prefill=1xtp=1,decode=1xtp=1", "prefill=1xtp=2,decode=1xpp=2", "prefill=2xtp=1,decode=2xtp=1"]
+PROMPTS = [[255, *range(70)], [7], [3, 1, 4] * 11, list(range(48)), [9] * 33]
+PARAMS = SamplingParams(max_tokens=9, ignore_eos=True)
+SMALL = EngineOptions(num_blocks=24, max_step_tokens=32, max_running=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(
+        tmp_path_factory.mktemp("split"),
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        hidden_size=48,
+        head_dim=8,
+        num_hidden_layers=4,
+        max_position_embeddings=1024,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Iterator[LLM]:
+    with LLM(folder, device="cpu") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def several(folder: Path) -> Iterator[dict[str, LLM]]:
+    with started(folder) as llms:
+        yield llms
+
+
+def kv_bytes(llm: LLM, prompts: list[list[int]], block_size: int = 16) -> int:
+    """What the K and V of these prompts take, in whole blocks."""
+    each = 2 * llm.config.layers * llm.config.kv_heads * llm.config.head_dim * block_size * 4
+    return sum(-(-len(prompt) // block_size) * each for prompt in prompts)
+
+
+def moved(llm: LLM) -> int:
+    """What went from prefill to decode, by the trace."""
+    return sum(span.message_bytes for span in llm.trace.spans if span.name == "KV cache")
+
+
+def copies(layout: str) -> int:
+    """How many ranks of a decode instance hold the same heads: each of them gets its own."""
+    return {"prefill=1xtp=1,decode=1xtp=4": 4 / 3}.get(layout, 1)
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+def test_pairs_of_layouts(one: LLM, folder: Path, layout: str) -> None:
+    expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
+    with LLM(folder, layout, device="cpu", options=SMALL) as llm:
+        for transfer in TRANSFERS:
+            mode = llm.with_options(replace(SMALL, kv_transfer=transfer))
+            assert [each.token_ids for each in mode.generate(PROMPTS, PARAMS)] == expected, transfer
+            assert moved(mode) == kv_bytes(llm, PROMPTS) * copies(layout)
+            for life in mode.trace.lives:
+                assert {Event.TRANSFER, Event.CAME} <= {event for event, _ in life.moments}
+            assert mode.engine.load.used_blocks == 0
+            mode.close()
+
+
+@settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)
+@given(st.sampled_from(OFTEN), st.sampled_from(TRANSFERS), OPTIONS, WORK)
+def test_tokens_are_those_of_one_device(
+    one: LLM, several: dict[str, LLM], layout: str, transfer: str, options: EngineOptions, work: list
+) -> None:
+    check_law(one, several[layout], replace(options, kv_transfer=transfer), work)
+
+
+def test_layers_leave_while_the_prompt_is_computed(folder: Path) -> None:
+    """Each layer's part leaves before the step that computes it is over; the whole cache, after it."""
+    prompt = [[5] * 200]
+    for transfer in ("layer", "whole"):
+        options = EngineOptions(num_blocks=24, max_step_tokens=256, kv_transfer=transfer)
+        with LLM(folder, "prefill=1xtp=1,decode=1xtp=1", device="cpu", options=options) as llm:
+            llm.generate(prompt, PARAMS)
+            llm.generate(prompt, PARAMS)
+            (step,) = [span for span in llm.trace.spans if span.kind is Kind.PREFILL and span.rank == 0]
+            parts = [span for span in llm.trace.spans if span.name == "KV cache"]
+            assert all(part.rank == 0 for part in parts)
+            within = sum(part.start_s < step.end_s for part in parts)
+            assert within > 0 if transfer == "layer" else within == 0
+
+
+def test_prefill_waits_until_decode_has_room(one: LLM, folder: Path) -> None:
+    """Caches that are not fetched fill its pool; nothing is lost."""
+    options = replace(SMALL, num_blocks=8, kv_transfer="whole")
+    prompts = [[number] * 60 for number in range(6)]
+    expected = [each.token_ids for each in one.generate(prompts, PARAMS)]
+    with LLM(folder, "prefill=1xtp=1,decode=1xtp=1", device="cpu", options=options) as llm:
+        out = llm.generate(prompts, PARAMS)
+        assert [each.token_ids for each in out] == expected
+        starts = sorted(life.first(Event.STARTED) for life in llm.trace.lives)
+        ends = sorted(life.first(Event.CAME) for life in llm.trace.lives)
+        assert starts[2] > ends[0]  # two prompts fill the pool
+
+
+def test_cancelled_at_every_stage(one: LLM, folder: Path) -> None:
+    """Both sides let go of a request, whatever it waits for."""
+    expected = one.generate([PROMPTS[0]], PARAMS)[0].token_ids
+    slow = replace(SMALL, link_gbits=0.002)  # a tenth of a second for a prompt
+    with LLM(folder, "prefill=1xtp=1,decode=1xtp=1", device="cpu", options=slow) as llm:
+        for pulls in range(12):
+            requests = llm.prepare([PROMPTS[0], PROMPTS[2]], PARAMS)
+            llm.submit(requests)
+            for _ in range(pulls):
+                llm.step()
+            llm.cancel(requests[:1])
+            while llm.engine.requests:
+                llm.step()
+            assert requests[1].finish_reason == "length"
+        fast = llm.with_options(SMALL)
+        assert fast.generate([PROMPTS[0]], PARAMS)[0].token_ids == expected
+        llm.generate([PROMPTS[1]], PARAMS)
+        assert llm.engine.load.used_blocks == 0 and llm.engine.load.running == 0
+
+
+def test_roles_are_changed_without_reading_weights(one: LLM, folder: Path) -> None:
+    expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
+    with LLM(folder, "prefill=2xtp=1,decode=1xtp=1", device="cpu", options=SMALL) as llm:
+        pids = [instance.ranks.pids for instance in llm.instances]
+        assert [each.token_ids for each in llm.generate(PROMPTS, PARAMS)] == expected
+        requests = llm.prepare(PROMPTS, PARAMS)
+        llm.submit(requests)
+        llm.engine.flip(0, Role.DECODE)
+        while llm.engine.requests:
+            llm.step()
+        assert [request.output().token_ids for request in requests] == expected
+        assert llm.engine.dispatcher.roles == [Role.DECODE, Role.PREFILL, Role.DECODE]
+        assert [each.token_ids for each in llm.generate(PROMPTS, PARAMS)] == expected
+        assert {life.rank for life in llm.trace.lives} == {0, 2}, "both decode"
+        with pytest.raises(ValueError, match="instance 1 is the last one for prefill"):
+            llm.engine.flip(1, Role.DECODE)
+        assert [instance.ranks.pids for instance in llm.instances] == pids
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        ("prefill=1xtp=2", "there is no decode instance"),
+        ("decode=1xtp=2", "there is no prefill instance"),
+        ("prefill=0xtp=1,decode=1xtp=1", "there must be at least one prefill instance"),
+        ("prefill=1xdp=2,decode=1xtp=1", "type prefill=2x"),
+        ("prefill=1,decode=1", "it is not understood; write 'prefill=1xtp=2"),
+        ("prefill=1xtp=9,decode=1xtp=1", "tp=9 does not fit 6 query heads"),
+    ],
+)
+def test_layouts_that_cannot_be(folder: Path, layout: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        LLM(folder, layout, device="cpu")
+
+
+def test_bad_input_is_refused(several: dict[str, LLM], folder: Path) -> None:
+    small = several[OFTEN[0]].with_options(replace(SMALL, num_blocks=3))
+    with pytest.raises(ValueError, match="may need room for 60 tokens, but the KV cache has room for 48"):
+        small.generate([[1] * 60], PARAMS)
+    assert len(small.generate([[1] * 20], PARAMS)) == 1
+    small.close()
+    with pytest.raises(ValueError, match="lends none"):
+        LLM(folder, OFTEN[0], device="cpu", options=EngineOptions(borrowing=True))
+    for options, text in (
+        ({"kv_transfer": "fast"}, "give one of whole, chunk, layer"),
+        ({"link_gbits": 0}, "a number above 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            EngineOptions(**options)
