@@ -40,9 +40,9 @@ PAIRS = [
 
 
 def load(seed: int, seconds: float = 20.0) -> list[Arrival]:
-    """Short requests, 1.5 a second, and long prompts, one in three seconds, at random times."""
+    """Short requests, 1.2 a second, and long prompts, one in two seconds, at random times."""
     draw, arrivals = random.Random(seed), []
-    for rate, lengths in ((1.5, SHORT), (1 / 3, LONG)):
+    for rate, lengths in ((1.2, SHORT), (0.5, LONG)):
         at = draw.expovariate(rate)
         while at < seconds:
             arrivals.append(Arrival(at, *lengths))
@@ -84,7 +84,7 @@ def interference(one: LLM) -> dict[str, Any]:
                 expected.setdefault(seed, []).append([len(life.token_s) for life in lives])
                 print(seed, name, {key: round(value) for key, value in raw[name][-1].items()}, flush=True)
     return {
-        "load": f"{SHORT[0]} tokens in, {SHORT[1]} out at 1.5/s; {LONG[0]} in, {LONG[1]} out at 1/3 per s; 20 s, {ROUNDS} seeds",
+        "load": f"{SHORT[0]} tokens in, {SHORT[1]} out at 1.2/s; {LONG[0]} in, {LONG[1]} out at 0.5/s; 20 s, {ROUNDS} seeds",
         "ms, medians of the rounds": {
             name: {key: median(each[key] for each in rounds) for key in rounds[0]} for name, rounds in raw.items()
         },

@@ -13,10 +13,10 @@ import torch
 from minillm.disagg.layout import SplitLayout, parse_layout
 from minillm.disagg.split import Split, split_pools, start_split
 from minillm.engine.engine import Engine
-from minillm.engine.intake import Intake
+from minillm.engine.intake import Intake, Prompt
 from minillm.engine.request import RequestOutput
 from minillm.engine.runner import LocalRunner
-from minillm.engine.session import Session
+from minillm.engine.session import Params, Session
 from minillm.hardware.machine import usable_cores
 from minillm.kv.paged import PagedCache
 from minillm.model.checkpoint import find_checkpoint
@@ -163,6 +163,14 @@ class LLM(Session):
         _check_borrowing(twin.options, twin.layout)
         twin._check_open()
         return twin
+
+    def record_for_replay(self, prompts: Sequence[Prompt], params: Params = None) -> Trace:
+        """As every session's. Raises `ValueError` where caches move between instances: `replay` does not follow them."""
+        if isinstance(self.layout, SplitLayout):
+            raise ValueError(
+                f"layout {str(self.layout)!r}: caches that move between instances are not replayed; use .trace"
+            )
+        return super().record_for_replay(prompts, params)
 
     def close(self) -> None:
         """Let go of the weights and the KV cache, and end the ranks that it started."""

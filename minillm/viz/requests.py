@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 
 from minillm.trace.life import LOST_BLOCKS, Event, RequestLife
 from minillm.trace.trace import Trace
-from minillm.viz.style import DECODE, GUESS, INK, PREFILL, WAITING, frame, legend, new_figure
+from minillm.viz.style import COMMUNICATION, DECODE, GUESS, INK, PREFILL, WAITING, frame, legend, new_figure
 from minillm.viz.words import caption_of, plain, time_unit
 
 MOST_ROWS = 40
@@ -21,7 +21,7 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     """A bar per request: waiting from its arrival, prefill, then decode with a tick for every token.
 
     Between two tokens it waits while steps run in which it has no part, and after it was preempted; then it is prefilled
-    again.
+    again. Where another instance goes on with it, it waits there for room, and then for its cache.
 
     At most 40 requests are drawn, the first to arrive; the caption says so. Raises `ValueError` for a trace without any.
     """
@@ -38,6 +38,9 @@ def draw_requests(trace: Trace, finding: str, caption: str | None = None) -> Fig
     axis.tick_params(axis="y", length=0)
     handles = [Patch(facecolor=WAITING, hatch="////", edgecolor="white"), Patch(color=PREFILL), Patch(color=DECODE)]
     names = ["waits", "prefill, up to the first token", "decode, a tick a token"]
+    if any(_move(life) for life in drawn):
+        handles.insert(2, Patch(color=COMMUNICATION))
+        names.insert(2, "its cache moves")
     legend(axis, handles, names)
     more = f"the first {MOST_ROWS} of {len(lives)} requests" if len(lives) > MOST_ROWS else f"{len(lives)} requests"
     return frame(figure, finding, caption_of(trace, more) if caption is None else caption)
@@ -55,6 +58,7 @@ def _draw_life(
         (tokens[0], tokens[-1], DECODE, None),
         *((a, b, WAITING, "////") for a, b in waits),
         *((a, b, PREFILL, None) for a, b in _again(life)),
+        *_move(life),
     ):
         axis.barh(row, (right - left) * scale, left=(left - start) * scale, height=0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
     ticks = [(when - start) * scale for when in tokens]
@@ -69,7 +73,10 @@ def _waits(trace: Trace, life: RequestLife) -> list[tuple[float, float]]:
     first = max([first, *(when for what, when in life.moments if what is Event.MOVED)])  # what a lost rank did is lost
     others: list[tuple[float, float]] = []
     going_on = False
-    ranks = {span.rank for span in trace.spans if life.request_id in span.request_ids}  # of the replica that has it
+    came = [when for what, when in life.moments if what is Event.CAME]
+    first = max([first, *came])
+    mine = [span for span in trace.spans if life.request_id in span.request_ids]
+    ranks = {span.rank for span in mine if not came or span.start_s >= came[-1]}  # of the replica that has it
     for span in sorted((span for span in trace.spans if span.rank in ranks), key=lambda span: span.start_s):
         if life.request_id in span.request_ids:
             going_on = False
@@ -79,6 +86,15 @@ def _waits(trace: Trace, life: RequestLife) -> list[tuple[float, float]]:
     moments = [*life.moments, (Event.FINISHED, last)]
     lost = [(when, after) for (what, when), (_, after) in zip(moments, moments[1:]) if what in LOST_BLOCKS]
     return lost + others
+
+
+def _move(life: RequestLife) -> list[tuple[float, float, str, str | None]]:
+    """After the first token, where another instance goes on: waiting for room there, and for its cache; as bars."""
+    moments = dict(life.moments)  # the last of each kind
+    if Event.CAME not in moments or moments[Event.CAME] <= life.token_s[0]:
+        return []
+    begin = max(life.token_s[0], moments[Event.TRANSFER])
+    return [(life.token_s[0], begin, WAITING, "////"), (begin, moments[Event.CAME], COMMUNICATION, None)]
 
 
 def _again(life: RequestLife) -> list[tuple[float, float]]:

@@ -356,4 +356,4 @@ alone.close()
 # %% [markdown]
 # **Before you go on:** in one sentence: why can an instance serve more with its neighbour's memory, though it computes no faster?
 #
-# **Next:** *13 · Disaggregation*: some instances only read prompts, others only decode, and the cache travels between them.
+# **Next:** *13 · Prefill and decode apart*: some instances only read prompts, others only decode, and the cache travels between them.

@@ -436,7 +436,9 @@ def test_lesson_11(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "11_distattention.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "11")
-    guess_a_factor(page, page.locator(".minillm-card", has_text="how many times as fast are four ranks"), 0.4, "Replayed")
+    guess_a_factor(
+        page, page.locator(".minillm-card", has_text="how many times as fast are four ranks"), 0.4, "Replayed"
+    )
     ask = page.locator(".minillm-card", has_text="What comes out?")
     ask.first.locator("button", has_text="fluent text").click()
     ask.first.locator("button", has_text="That is my guess").click()
@@ -471,5 +473,40 @@ def test_lesson_12(browser: Any, lab: str) -> None:
     assert ask.last.locator("img").is_visible()
     card = turn(page, "On which links does borrowing pay?", "L4", "Llama-2-7B", "20 %")
     card.screenshot(path=SHOTS / "12-pays.png")
+    assert page.broken == []
+    page.close()
+
+
+@everything
+def test_lesson_13(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "13_disaggregation.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "13")
+    ask = page.locator(".minillm-card", has_text="The longest gap between two tokens")
+    area = ask.first.locator(".minillm-guess-axis").bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.4, area["y"] + 40)
+    ask.first.locator("button", has_text="That is my guess").click()
+    assert re.search(r"Measured: [\d,.]+ ms\. You said", ask.last.inner_text())
+    ask.last.screenshot(path=SHOTS / "13-stutter.png")
+    plane = page.locator(".minillm-card", has_text="Click a way; drag the corner")
+    plane.screenshot(path=SHOTS / "13-plane.png")
+    before = plane.inner_text()
+    corner = plane.locator("circle[tabindex='0']").bounding_box()
+    page.mouse.move(corner["x"] + 9, corner["y"] + 9)
+    page.mouse.down()
+    page.mouse.move(corner["x"] - 150, corner["y"] + 120, steps=5)
+    page.mouse.up()
+    assert plane.inner_text() != before
+    plane.locator("[role=button]").last.click()
+    page.wait_for_timeout(900)
+    plane.screenshot(path=SHOTS / "13-apart.png")
+    card = turn(page, "When is the move hidden?", "A100 80GB", "L4", "Llama-2-7B")
+    card.screenshot(path=SHOTS / "13-hidden.png")
+    card = turn(page, "How should the eight be split?", "Llama-2-7B")
+    for slider in card.locator("input[type=range]").all():
+        slider.focus()
+        page.keyboard.press("End")
+    page.wait_for_timeout(1500)
+    card.screenshot(path=SHOTS / "13-ratio.png")
     assert page.broken == []
     page.close()

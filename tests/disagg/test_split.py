@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 
 import pytest
 from helpers import EXAMPLES
@@ -14,10 +16,13 @@ from law import OPTIONS, WORK, check_law, started
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, SamplingParams
+from minillm.parallel.links import connect
 from minillm.policy.handing import Role
 from minillm.policy.options import TRANSFERS
+from minillm.serve.worker import Job, Worker
 from minillm.trace.life import Event
 from minillm.trace.trace import Kind
+from minillm.viz.requests import draw_requests
 
 SHOW = [p for p in Phase if p is not Phase.shrink]
 PAIRS = [
@@ -184,6 +189,8 @@ def test_bad_input_is_refused(several: dict[str, LLM], folder: Path) -> None:
         small.generate([[1] * 60], PARAMS)
     assert len(small.generate([[1] * 20], PARAMS)) == 1
     small.close()
+    with pytest.raises(ValueError, match="are not replayed"):
+        several[OFTEN[0]].record_for_replay([[1, 2]], PARAMS)
     with pytest.raises(ValueError, match="lends none"):
         LLM(folder, OFTEN[0], device="cpu", options=EngineOptions(borrowing=True))
     for options, text in (
@@ -192,3 +199,56 @@ def test_bad_input_is_refused(several: dict[str, LLM], folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             EngineOptions(**options)
+
+
+def test_a_server_lets_clients_go(one: LLM, folder: Path) -> None:
+    """Jobs of a server: one client hangs up in the middle; the others get what one device gives."""
+    expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
+    with LLM(folder, OFTEN[0], device="cpu", options=replace(SMALL, link_gbits=0.01)) as llm:
+        worker, told = Worker(llm), [Queue() for _ in PROMPTS]
+        jobs = [Job(llm.prepare([prompt], PARAMS), box.put) for prompt, box in zip(PROMPTS, told)]
+        for job in jobs:
+            worker.submit(job)
+        told[0].get(timeout=20)
+        worker.cancel(jobs[2])
+        for number in (0, 1, 3, 4):
+            while told[number].get(timeout=20) is not None:
+                pass
+            assert jobs[number].requests[0].token_ids == expected[number]
+        worker.close()
+        worker.join(20)
+        while llm.engine.has_work:
+            llm.step()
+        assert llm.engine.load.used_blocks == 0 and not llm.engine.dispatcher.ways
+
+
+def test_two_jobs_do_not_meet(one: LLM, folder: Path) -> None:
+    """Two at once on one machine: each has a folder of its own, and a stranger without its key is sent away."""
+    expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
+    with LLM(folder, OFTEN[0], device="cpu", options=SMALL) as first, LLM(folder, OFTEN[0], device="cpu", options=SMALL) as second:  # fmt: skip
+        requests = [llm.prepare(PROMPTS, PARAMS) for llm in (first, second)]
+        first.submit(requests[0])
+        second.submit(requests[1])
+        while first.engine.requests or second.engine.requests:
+            for llm in (first, second):
+                if llm.engine.requests:
+                    llm.step()
+        assert [[each.token_ids for each in some] for some in requests] == [expected] * 2
+        doors = [llm.engine.engines[0].house.door() for llm in (first, second)]
+        assert doors[0].folder != doors[1].folder
+        assert stat.S_IMODE(doors[0].folder.stat().st_mode) == 0o700
+        stranger = replace(doors[0], key=doors[1].key)
+        with pytest.raises(OSError):
+            connect(stranger, first.engine.engines[0].party, 0)
+        assert [each.token_ids for each in first.generate(PROMPTS, PARAMS)] == expected
+
+
+def test_the_life_of_a_request_is_drawn(folder: Path) -> None:
+    options = replace(SMALL, kv_transfer="whole", link_gbits=0.002)
+    with LLM(folder, OFTEN[0], device="cpu", options=options) as llm:
+        llm.generate(PROMPTS[:2], PARAMS)
+        (life, _) = llm.trace.lives
+        order = [life.first(each) for each in (Event.ARRIVED, Event.STARTED, Event.TOKEN, Event.CAME, Event.FINISHED)]
+        assert order == sorted(order)
+        names = [text.get_text() for text in draw_requests(llm.trace, "finding").axes[0].get_legend().get_texts()]
+        assert "its cache moves" in names

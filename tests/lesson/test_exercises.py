@@ -61,6 +61,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
     WIRE,
     GRANT,
     BORROW,
+    SHARE,
+    PULL,
+    PLAN,
 ) = (
     EXERCISES[name].solution
     for name in (
@@ -103,6 +106,9 @@ SCREEN_LINES, SCREEN_COLUMNS = 12, 200
         "12.wire",
         "12.grant",
         "12.borrow",
+        "13.share",
+        "13.pull",
+        "13.plan",
     )  # fmt: skip
 )
 
@@ -298,6 +304,20 @@ WRONG = {
     "12.borrow, in order": ("12.borrow", BORROW.replace("sorted(range(len(said)), key=lambda each: -said[each])", "range(len(said))"), ["one has enough (need 3, said [2, 5]): the results are right. It took 2 asks; the target is 1"]),
     "12.borrow, one of two that are equal": ("12.borrow", BORROW.replace("sorted(range(len(said)), key=lambda each: -said[each])", "[said.index(each) for each in sorted(said, reverse=True)]"), ["all alike (need 6, said [3, 3]): "]),
     "12.borrow, no such instance": ("12.borrow", "def borrow(need, said, ask, give_back):\n    return ask(len(said), need)", ["one has enough (need 3, said [2, 5]): there is no instance 2"]),
+    "13.share, half of them": ("13.share", EXERCISES["13.share"].starter.replace("# MEND", "# mine"), ["prefill is faster: instances that read prompts: expected 2, got 4, in readers(8, 30, 10)"]),
+    "13.share, all may read": ("13.share", SHARE.replace("range(1, instances)", "range(instances + 1)").replace("min(n * prefill_rate, (instances - n) * decode_rate)", "n * prefill_rate"), ["expected 4, got 8"]),
+    "13.share, the last of equals": ("13.share", SHARE.replace("range(1, instances)", "range(instances - 1, 0, -1)"), ["two ratios serve as many: instances that read prompts: expected 1, got 2"]),
+    "13.share, by proportion": ("13.share", "def readers(instances, prefill_rate, decode_rate):\n    return max(1, min(instances - 1, round(instances * decode_rate / (prefill_rate + decode_rate))))", ["expected"]),
+    "13.pull, whoever fits": ("13.pull", PULL.replace("            break", "            room += tokens // 16 + 1\n            continue"), ["nobody overtakes: caches to pull: expected 0, got 1"]),
+    "13.pull, the next token forgotten": ("13.pull", PULL.replace("tokens // 16 + 1  #", "-(-tokens // 16)  #"), ["full blocks need one more: caches to pull: expected 0, got 1"]),
+    "13.pull, those that run forgotten": ("13.pull", PULL.replace("free - sum(tokens % 16 == 0 for tokens in running)", "free"), ["no block is left for them: caches to pull: expected 0, got 1"]),
+    "13.pull, a block for each that runs": ("13.pull", PULL.replace("sum(tokens % 16 == 0 for tokens in running)", "len(running)"), ["expected 1, got 0"]),
+    "13.plan, all of the first": ("13.plan", EXERCISES["13.plan"].starter.replace("# MEND", "# mine"), ["tp=2 to one rank: (0, 0, (0, 4), (0, 2)): source 0 does not hold head 1 of layer 0"]),
+    "13.plan, copies twice": ("13.plan", PLAN.replace("held not in sources[:s] and ", ""), ["two ranks hold the same head: pieces that come once: expected 4, got 0"]),
+    "13.plan, layer by layer": ("13.plan", PLAN.replace("sends.append((s, t, *both))", "sends += [(s, t, (layer, layer + 1), both[1]) for layer in range(*both[0])]"), ["one rank to one: the results are right. It took 4 messages; the target is 1, 4.0× as much"]),
+    "13.plan, the first target only": ("13.plan", PLAN.replace("enumerate(targets)", "enumerate(targets[:1])"), ["one rank to pp=2: pieces that come once: expected 8, got 4"]),
+    "13.plan, no list": ("13.plan", "def plan(sources, targets):\n    ...", ["one rank to one: return a list of sends, not None"]),
+    "13.plan, half a send": ("13.plan", "def plan(sources, targets):\n    return [(0, 0)]", ["one rank to one: a send is (source, target, (layer, layer), (head, head)), not (0, 0)"]),
     "12.borrow, nothing said": ("12.borrow", "def borrow(need, said, ask, give_back):\n    ask(0, need)", ["one has enough (need 3, said [2, 5]): "]),
     "10.dispatch, all to all ranks": ("10.dispatch", EXERCISES["10.dispatch"].starter.replace("# MEND", "# mine"), ["2 ranks, each token with one expert: the results are right. It took 112 bytes of messages; the target is 32, 3.5× as much"]),
     "10.dispatch, for each expert": ("10.dispatch", PER_PAIR, ["2 ranks, both experts on one of them: the results are right. It took 48 bytes of messages; the target is 32, 1.5× as much"]),

@@ -465,7 +465,7 @@ def test_who_holds_what_is_drawn_in_the_colour_of_the_requests() -> None:
     assert colours == [SHADES[0]] * 3 + [FREE] * 2 + [SHADES[1], SHADES[0].lower(), SHADES[0].lower()] + [FREE] * 2
     history = [(0.0, [{0: 1}, {}]), (1.0, [{0: 5}, {0: 2}])]
     drawn = draw_lending(history, 5, {"somebody comes": 0.5}, "finding", "caption").axes
-    assert [axis.get_title(loc="left") for axis in drawn] == ["instance 0", "instance 1"]
+    assert [axis.get_title(loc="left") for axis in drawn] == ["instance 0: 5 blocks", "instance 1: 5 blocks"]
     with pytest.raises(ValueError, match="nothing has been heard"):
         draw_lending([], 5, {}, "finding", "caption")
 
