@@ -42,7 +42,7 @@ test: setup-test
 
 soak: setup-test
 	MINILLM_FAULT_SEEDS=100 $(BIN)/python -m pytest -q tests/faults
-	MINILLM_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/policy tests/engine tests/parallel
+	MINILLM_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/policy tests/engine tests/parallel tests/disagg
 	MINILLM_ALL_LESSONS=1 $(BIN)/python -m pytest -q tests/browser
 
 # All GPU tests and benchmarks, with the Python given and nothing installed: make gpu OUT=folder PYTHON=python3

@@ -107,7 +107,8 @@ dice, traffic, at = Random(4), [], 0.0
 for n in range(11):
     traffic.append(Arrival(at, 384, 6) if n % 4 == 2 else Arrival(at, 16, 24))
     at += dice.expovariate(2.2)
-served = {name: drive(llm, traffic).lives for name, llm in ways.items()}
+traces = {name: drive(llm, traffic) for name, llm in ways.items()}
+served = {name: trace.lives for name, trace in traces.items()}
 speed = {name: Report.of(lives).tokens_per_s for name, lives in served.items()}
 
 # %% tags=["nbval-ignore-output"]
@@ -121,6 +122,15 @@ SLOPlane(served, "The goals decide who serves most", HERE,
 # %% [markdown]
 # The goals, at first: 1.5 times the TTFT of the long prompt above, apart, and 2.5 times the usual gap there. Click the three ways, and drag
 # the corner. Which goals make *together* the best, which *in chunks*, and which *apart*?
+
+# %% [markdown]
+# Apart, a short question can still wait: behind a long prompt, before it is read.
+
+# %% tags=["nbval-ignore-output"]
+from minillm.viz.requests import draw_requests
+from minillm.viz.style import show
+
+show(draw_requests(traces["apart"], "Apart, requests wait before they are read, not while they decode"))
 
 # %%
 fastest = max(speed, key=speed.get)
