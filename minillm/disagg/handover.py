@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
@@ -34,6 +34,8 @@ from minillm.policy.options import EngineOptions
 from minillm.trace.recorder import Recorder
 from minillm.trace.replay import WIRE
 from minillm.trace.trace import Kind, Span
+
+TRIES = 3  # to tell the first rank something
 
 
 class Handover(Desk):
@@ -120,8 +122,21 @@ class Handover(Desk):
         if self.leader is not None:
             self.leader.over(self.rank, transfer, came)
             return
-        with self._speaking, suppress(LinkLost):
-            self._first.ask("over", False, rank=self.rank, transfer=transfer, came=came)
+        with self._speaking:
+            for _ in range(TRIES):
+                try:
+                    self._first.ask("over", False, rank=self.rank, transfer=transfer, came=came)
+                    return
+                except LinkLost:
+                    self._first = Link(self.door, self.door.party, 0)
+
+
+@dataclass
+class Expected:
+    """A transfer under way to an instance: of which request, and which ranks have not told that they have all."""
+
+    request_id: int
+    ranks: set[int]
 
 
 class Leader:
@@ -134,60 +149,56 @@ class Leader:
         self.sources: dict[int, Source] = {}  # of requests that are to come
         self._links = [Link(handover.door, handover.door.party, rank) for rank in range(handover.layout.world_size)]
         self._numbers = count()
-        self._waiting: dict[int, set[int]] = {}  # transfer -> ranks that have not told
-        self._transfers: dict[int, int] = {}  # request -> transfer
-        self._news: deque[tuple[int, bool]] = deque()
+        self._expected: dict[int, Expected] = {}  # by transfer
+        self._transfers: dict[int, int] = {}  # of each request the one that counts
+        self._news: deque[tuple[int, int, bool]] = deque()  # (transfer, request, whether it came)
         self._lock = threading.Lock()
         handover.leader = self
 
     def expect(self, request_id: int, blocks: Sequence[int]) -> None:
-        """Blocks are free for a request: let all ranks get what they hold of it."""
+        """Blocks are free for a request: let all ranks get what they hold of it. Raises `LinkLost` when one does not listen."""
         source, transfer = self.sources[request_id], next(self._numbers)
         with self._lock:
-            self._waiting[transfer] = set(range(len(self._links)))
+            self._expected[transfer] = Expected(request_id, set(range(len(self._links))))
             self._transfers[request_id] = transfer
         about: dict[str, Any] = {"transfer": transfer, "request_id": request_id}
         about |= {"party": source.party, "layout": source.layout, "reading": source.reading, "blocks": list(blocks)}
         for link in self._links[1:]:
-            with suppress(LinkLost):  # the instance is about to be lost
-                link.ask("pull", False, **about)
+            link.ask("pull", False, **about)
         self.handover.pull(**about)
 
     def over(self, rank: int, transfer: int, came: bool) -> None:
         """A rank has what it wanted, or will not get it."""
         with self._lock:
-            waiting = self._waiting.get(transfer)
-            if waiting is None:
+            expected = self._expected.get(transfer)
+            if expected is None:
                 return
-            waiting.discard(rank)
-            if waiting and came:
-                return
-            del self._waiting[transfer]
-            request_id = next(each for each, number in self._transfers.items() if number == transfer)
-            self._news.append((request_id, came))
+            expected.ranks.discard(rank)
+            if not (expected.ranks and came):
+                del self._expected[transfer]
+                self._news.append((transfer, expected.request_id, came))
 
     def news(self) -> list[tuple[int, bool]]:
         """The requests whose caches have come since the last time, or have not."""
-        found = []
-        while self._news:
-            found.append(self._news.popleft())
-        for request_id, came in found:
-            if came:
-                self._transfers.pop(request_id, None)
-                self.sources.pop(request_id, None)
+        with self._lock:
+            told, self._news = self._news, deque()
+            found = [(request, came) for transfer, request, came in told if self._transfers.get(request) == transfer]
+            for request_id, came in found:
+                if came:
+                    del self._transfers[request_id]
+                    self.sources.pop(request_id, None)
         return found
 
     def stop(self, request_id: int) -> None:
-        """A request is not to come any more: when this returns nothing more is written."""
+        """A request is not to come any more: when this returns nothing more is written. Raises `LinkLost` when that is not sure."""
         self.sources.pop(request_id, None)
         with self._lock:
             transfer = self._transfers.pop(request_id, None)
-            self._waiting.pop(transfer if transfer is not None else -1, None)
+            self._expected.pop(transfer if transfer is not None else -1, None)
         if transfer is None:
             return
         for link in self._links[1:]:
-            with suppress(LinkLost):
-                link.ask("stop", transfer=transfer)
+            link.ask("stop", transfer=transfer)
         self.handover.receiver.stop(transfer)
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from minillm.disagg.routes import Route
 from minillm.kv.paged import PagedCache
+from minillm.parallel.desk import hang_up
 from minillm.parallel.door import Door, LinkLost, recv_tensor, say
 from minillm.parallel.links import connect
 
@@ -52,9 +55,10 @@ class Receiver:
         self._coming: dict[int, Coming] = {}
         self._lock = threading.RLock()
         self._wires: dict[tuple[int, int], Connection] = {}
+        self._askers: dict[int, ThreadPoolExecutor] = {}
 
     def pull(self, transfer: int, request_id: int, reading: int, party: int, routes: Sequence[Route], starts: Sequence[tuple[int, int]], blocks: Sequence[int]) -> None:  # fmt: skip
-        """Ask for a cache of `blocks` here. `starts` are the first layer and head of each route's source rank."""
+        """Ask for a cache of `blocks` here; returns at once. `starts` are the first layer and head of each route's source rank."""
         place, ranks = self.stub.line
         places = [number for number, block in enumerate(blocks) if block % ranks == place]
         parts = {(route.layers, route.heads) for route in routes}
@@ -63,10 +67,13 @@ class Receiver:
             by_source = {route.source: route for route in routes}
             first_layers = {route.source: layer for route, (layer, _) in zip(routes, starts)}
             self._coming[transfer] = Coming(request_id, party, by_source, first_layers, blocks, missing)
+            if party not in self._askers:  # one that does not answer keeps nobody else waiting
+                self._askers[party] = ThreadPoolExecutor(1, "minillm asker")
         if not missing:
             self._over(transfer, True)
-        for route, (layer, head) in zip(routes, starts):
-            about = {
+            return
+        wants = [
+            {
                 "transfer": transfer,
                 "request_id": request_id,
                 "reading": reading,
@@ -75,17 +82,32 @@ class Receiver:
                 "places": places,
                 "line": route.source_place,
             }
-            try:
-                say(self._wire(party, route.source), "want", **about)
-            except (OSError, LinkLost):
-                self._over(transfer, False)
-                return
+            for route, (layer, head) in zip(routes, starts)
+        ]
+        self._askers[party].submit(self._ask, transfer, party, [route.source for route in routes], wants)
+
+    def _ask(self, transfer: int, party: int, sources: Sequence[int], wants: Sequence[dict[str, Any]]) -> None:
+        """Tell the sources of a transfer what is wanted of them, unless it was stopped meanwhile."""
+        try:
+            for source, want in zip(sources, wants):
+                if transfer in self._coming:
+                    say(self._wire(party, source), "want", **want)
+        except (OSError, LinkLost):
+            coming = self._coming.get(transfer)
+            self._over(transfer, False)
+            if coming is not None:
+                self._unask(transfer, coming)
 
     def stop(self, transfer: int) -> None:
         """From now on nothing of a transfer is written here."""
         with self._lock:
             coming = self._coming.pop(transfer, None)
-            wires = [self._wires.get((coming.party, rank)) for rank in coming.routes] if coming is not None else []
+        if coming is not None:
+            self._askers[coming.party].submit(self._unask, transfer, coming)
+
+    def _unask(self, transfer: int, coming: Coming) -> None:
+        with self._lock:
+            wires = [self._wires.get((coming.party, rank)) for rank in coming.routes]
         for wire in filter(None, wires):
             with suppress(OSError):
                 say(wire, "unwant", transfer=transfer)
@@ -95,24 +117,28 @@ class Receiver:
         with self._lock:
             self._coming.clear()
             for wire in self._wires.values():
-                wire.close()
+                hang_up(wire)
+            for asker in self._askers.values():
+                asker.shutdown(wait=False, cancel_futures=True)
 
     def _wire(self, party: int, rank: int) -> Connection:
+        """The wire to a rank of a party, made when first needed; only the party's asker does."""
         with self._lock:
-            if (party, rank) not in self._wires:
-                wire = self._wires[party, rank] = connect(self.door, party, rank, patient=True)
-                threading.Thread(
-                    target=self._read, args=(party, rank, wire), name="minillm receiver", daemon=True
-                ).start()
-            return self._wires[party, rank]
+            if (party, rank) in self._wires:
+                return self._wires[party, rank]
+        wire = connect(self.door, party, rank, patient=True)
+        with self._lock:
+            self._wires[party, rank] = wire
+        threading.Thread(target=self._read, args=(party, rank, wire), name="minillm receiver", daemon=True).start()
+        return wire
 
     def _read(self, party: int, rank: int, wire: Connection) -> None:
         """Take what comes from one rank, until it is gone; then all that was to come from there is missing."""
         try:
             while True:
                 self._take(party, rank, wire)
-        except (EOFError, OSError, LinkLost, ValueError, KeyError, TypeError):
-            pass
+        except Exception:  # whatever it was, nothing more comes by this wire
+            wire.close()
         with self._lock:
             self._wires.pop((party, rank), None)
             broken = [n for n, coming in self._coming.items() if coming.party == party and rank in coming.routes]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from minillm.kv.paged import PagedCache
+from minillm.parallel.desk import hang_up
 from minillm.parallel.door import say, send_tensor
 from minillm.policy.batch import Batch, Chunk
 
@@ -87,7 +89,8 @@ class Sender:
         self.sent: deque[Sent] = deque()  # until somebody takes them
         self._wanted: dict[Connection, list[Wanted]] = {}
         self._news = threading.Condition()
-        self._card = threading.Lock()  # all links of a rank share its network card
+        self._card = threading.Lock()  # all links of a rank share its network card,
+        self._free_s = 0.0  # which is free from then on
         self._chunks: tuple[Chunk, ...] = ()
 
     def begin(self, batch: Batch) -> None:
@@ -144,14 +147,15 @@ class Sender:
                 while link in self._wanted and (part := self._next(link)) is None:
                     self._news.wait()
                 if link not in self._wanted:
-                    return
+                    return None
             assert part is not None
             try:
                 begin_s = time.monotonic()
                 if count := self._send_part(link, part):
                     self.sent.append(Sent(part.wanted.request_id, count, begin_s, time.monotonic()))
-            except (OSError, ValueError):
+            except Exception:  # whoever wants it is gone, or learns so now
                 self.forget(link)
+                return hang_up(link)
 
     def _next(self, link: Connection) -> Part | None:
         """The next part that can go, of who has asked first; it counts as sent."""
@@ -192,7 +196,7 @@ class Sender:
     def _stands(self, wanted: Wanted, progress: Progress, layer: int) -> tuple[int, int]:
         """How many of the wanted places are sent of a layer, and how many can be."""
         ready = progress.ready(layer, self.cache.block_size)
-        return wanted.sent.get(layer, 0), sum(1 for _ in takewhile(lambda place: place < ready, wanted.places))
+        return wanted.sent.get(layer, 0), bisect_left(wanted.places, ready)
 
     def _send_part(self, link: Connection, part: Part) -> int:
         """Send a part, no faster than the link is meant to be; returns its bytes."""
@@ -201,10 +205,15 @@ class Sender:
         layers, heads = slice(part.begin, part.end), slice(*part.wanted.heads)
         with torch.inference_mode():
             out = torch.stack([each[layers, part.blocks, heads] for each in (self.cache.keys, self.cache.values)])
+        if self.gbits is not None:
+            self._take_turn(out.nbytes)
+        say(link, "part", transfer=part.wanted.transfer, layers=[part.begin, part.end], places=part.places)
+        return send_tensor(link, out)
+
+    def _take_turn(self, count: int) -> None:
+        """Wait as long as the rank's network card, if it were as slow as `gbits`, would take for this and what came before."""
+        assert self.gbits is not None
         with self._card:
-            began_s = time.monotonic()
-            say(link, "part", transfer=part.wanted.transfer, layers=[part.begin, part.end], places=part.places)
-            count = send_tensor(link, out)
-            if self.gbits is not None:
-                time.sleep(max(0.0, count * 8 / (self.gbits * 1e9) - (time.monotonic() - began_s)))
-        return count
+            self._free_s = max(self._free_s, time.monotonic()) + count * 8 / (self.gbits * 1e9)
+            until_s = self._free_s
+        time.sleep(max(0.0, until_s - time.monotonic()))

@@ -7,7 +7,6 @@ Instances are replicas that need not be alike, and are lost and started anew lik
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from minillm.parallel.messages import Source
 from minillm.parallel.remote import RemoteEngine
 from minillm.policy.handing import NOBODY, Dispatcher, Role
 from minillm.policy.options import EngineOptions
-from minillm.policy.request import Order, ScheduledRequest, first_come
+from minillm.policy.request import Order, first_come
 from minillm.policy.router import LeastTokens, Router
 from minillm.ranks.pool import Ranks
 from minillm.ranks.signals import uninterrupted
@@ -73,10 +72,6 @@ class Split(Replicas):
     ) -> None:
         self.dispatcher = Dispatcher(roles, router, LeastTokens(len(roles)), options.kv_transfer != "whole")
         super().__init__(instances, options, recorder, self.dispatcher, order, House(equip))
-
-    def check(self, request: ScheduledRequest) -> None:
-        for engine, role in zip(self.engines, self.dispatcher.roles):
-            engine.check(replace(request, handed=True) if role is Role.PREFILL else request)
 
     def flip(self, instance: int, role: Role) -> None:
         """Let an instance have another role once its last request has left it; no weights are read. Raises `ValueError` when nobody
@@ -173,7 +168,18 @@ class Split(Replicas):
         stranded = self.dispatcher.lose(replica)
         self._take_back([known[number] for number in stranded.anew if number in known])
         for request_id in stranded.alone:
-            self._give(request_id, self.dispatcher.ways[request_id].decode, alone=True)
+            way, request = self.dispatcher.ways.get(request_id), self.requests.get(request_id)
+            if way is not None and request is not None and request.finish_reason is None:
+                self._give(request_id, way.decode, alone=True)
+
+    def _waiting_in_vain(self) -> list[Request]:
+        """Also requests that are read, and which nobody can go on with."""
+        kept = [number for number, way in self.dispatcher.ways.items() if way.read and way.decode == NOBODY]
+        requests = [self.requests[number] for number in kept if number in self.requests]
+        for number in kept:
+            self._forget(number, [self.dispatcher.ways[number].prefill])
+            self.dispatcher.ended(number)
+        return super()._waiting_in_vain() + requests
 
     def _nobody_left(self) -> bool:
         """Whether a role has lost all its instances, and none is on its way back."""

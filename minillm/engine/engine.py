@@ -189,8 +189,8 @@ class Engine:
         for request in requests:
             if request.finish_reason is None:
                 request.cancel(time.monotonic())
-                if request.request_id in self.requests:
-                    self._leave(request)
+            if self.requests.get(request.request_id) is request:
+                self._leave(request)
         if self.borrowing is not None:
             self.borrowing.tell()
 

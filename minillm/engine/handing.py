@@ -50,6 +50,7 @@ class Handing:
         self.scheduler, self.requests, self.transfers, self.early = scheduler, requests, transfers, early
         self.tell: Callable[[], None] = lambda: None
         self.notes: list[Note] = []  # for whoever sends requests here
+        self.came: set[int] = set()  # requests whose caches are here, and their next token not yet
 
     def taken(self) -> tuple[Note, ...]:
         """What has happened since the last time."""
@@ -64,8 +65,9 @@ class Handing:
                 continue
             self.notes.append(Note("came" if came else "broken", request_id))
             if came:
-                self.scheduler.arrived(request_id)
                 request.life.note(Event.CAME, now_s)
+                self.came.add(request_id)
+                self._go_on(request)
 
     def scheduled(self, batch: Batch, started: Sequence[int], now_s: float) -> None:
         """A batch was put together: some prompts begin, some were put aside, and for some requests there are blocks now."""
@@ -93,6 +95,7 @@ class Handing:
 
     def left(self, request: Request) -> None:
         """A request has ended, and the scheduler knows: nothing comes for it any more."""
+        self.came.discard(request.request_id)
         if request.scheduled.arriving:
             self.transfers.stop(request.request_id)
             if request.request_id in self.scheduler.requests:
@@ -113,10 +116,19 @@ class Handing:
         ]
         request.life.moments = sorted([*life.moments, *mine], key=lambda each: each[1])
         request.life.reused_tokens = life.reused_tokens
+        self._go_on(request)
 
     def go_on_alone(self, request_id: int) -> None:
         """What was to come for a request will not: it is computed here."""
         request = self.requests.get(request_id)
         if request is not None and request.scheduled.arriving:
+            self.came.discard(request_id)
             self.transfers.stop(request_id)
             self.scheduler.missed(request_id)
+
+    def _go_on(self, request: Request) -> None:
+        """Decode begins once the cache has come, and the token that follows it is known."""
+        scheduled = request.scheduled
+        if request.request_id in self.came and len(scheduled.tokens) > scheduled.arriving:
+            self.came.discard(request.request_id)
+            self.scheduler.arrived(request.request_id)

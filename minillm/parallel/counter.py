@@ -11,7 +11,7 @@ import torch
 
 from minillm.distkv.lookup import Lookup
 from minillm.kv.paged import PagedCache
-from minillm.parallel.desk import Desk
+from minillm.parallel.desk import Desk, hang_up
 from minillm.parallel.door import Door, LinkLost, recv_tensor, say, send_tensor
 
 
@@ -34,7 +34,7 @@ class Counter(Desk):
             self._over |= set(parties)
         for link, party in list(self.links.items()) if parties else ():
             if party in self._over:
-                self.hang_up(link)
+                hang_up(link)
 
     def handle(self, link: Connection, what: str, message: dict[str, Any]) -> None:
         debtor = self.links[link]

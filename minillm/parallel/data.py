@@ -233,7 +233,8 @@ class Replicas:
 
     def _fail(self, requests: Iterable[Request]) -> list[Request]:
         """Give requests up, with the samples that would have come of them."""
-        ended = [each for each in with_twins(requests) if each.finish_reason is None]
+        each_with_its_own = [[each] if each.token_ids else [each, *each.twins] for each in requests]
+        ended = [each for some in each_with_its_own for each in some if each.finish_reason is None]
         for request in ended:
             request.fail(time.monotonic())
         return ended
@@ -272,11 +273,15 @@ class Replicas:
             engine.abandon()
             self._lose(self.engines.index(engine), RuntimeError("it was too slow for those that borrow of it"))
         if self._nobody_left():
-            homeless, self._homeless = self._homeless, deque()
-            self.failed |= {each.request_id for each in self._fail(homeless)}
-            for replica in self.router.lost:
+            self.failed |= {each.request_id for each in self._fail(self._waiting_in_vain())}
+            for replica in self.router.lost - self._returning.keys():
                 self._restart(replica)
             raise next(error for error in self._gone.values() if error is not None)
+
+    def _waiting_in_vain(self) -> list[Request]:
+        """Requests that nobody can serve now."""
+        homeless, self._homeless = self._homeless, deque()
+        return list(homeless)
 
     def _nobody_left(self) -> bool:
         """Whether all are lost, and none is on its way back."""

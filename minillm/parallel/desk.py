@@ -14,6 +14,12 @@ from typing import Any
 from minillm.parallel.door import Door, LinkLost
 
 
+def hang_up(link: Connection) -> None:
+    """End a connection that another thread may be reading: it then reads the end."""
+    with suppress(OSError), socket.socket(fileno=os.dup(link.fileno())) as plain:
+        plain.shutdown(socket.SHUT_RDWR)
+
+
 class Desk:
     """Hears JSON messages with a word `what`; subclasses say in `handle` what is done about them."""
 
@@ -30,17 +36,12 @@ class Desk:
     def left(self, link: Connection, party: int) -> None:
         """Somebody has hung up."""
 
-    def hang_up(self, link: Connection) -> None:
-        """End a connection that another thread may be reading: it then reads the end."""
-        with suppress(OSError), socket.socket(fileno=os.dup(link.fileno())) as plain:
-            plain.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
         """Serve nobody any more."""
         with suppress(OSError):
             self._listener.close()
         for link in list(self.links):
-            self.hang_up(link)
+            hang_up(link)
 
     def _accept(self) -> None:
         while True:

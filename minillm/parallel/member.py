@@ -264,11 +264,11 @@ def _lead(member: Member, number: int, here: RankContext) -> None:
         else:
             break
         known = {each.request_id: each for each in with_twins(engine.requests.values())}
-        pieces = engine.step()
+        before, pieces = engine.steps, engine.step()
         turn = _turn(engine, [_told(seat, known[piece.request_id], piece) for piece in pieces])
         if turn.told or turn.notes or engine.handing is None:
             here.emit(turn)
-        if engine.handing is not None and not pieces and not engine.under_way:
+        if engine.handing is not None and engine.steps == before and not engine.under_way:
             here.tick()  # all requests wait for others, which is no fault
             _gather(member, here.posted(SHORT_S))
         if engine.borrowing is not None and engine.requests and not pieces and not engine.under_way:

@@ -209,6 +209,7 @@ class RemoteEngine:
     def drop(self, requests: Iterable[Request]) -> None:
         """Serve requests no more that are served here; the others do not matter."""
         mine = [request.request_id for request in requests if self.requests.pop(request.request_id, None)]
+        self.notes = [note for note in self.notes if note.request_id not in mine]  # the number may be given again
         for request_id in mine:
             self.router.ended(request_id)
         for leader in self.leaders if mine and self.instance.ranks.pids else ():
@@ -290,7 +291,7 @@ class RemoteEngine:
         turn: Turn = event
         self._loads[rank] = turn.load
         self.beat = turn.beat
-        self.notes += turn.notes
+        self.notes += [note for note in turn.notes if note.request_id in self.requests]
         for told in turn.told:
             request = self.requests.get(told.piece.request_id)
             if request is None:  # cancelled meanwhile

@@ -131,7 +131,8 @@ class Scheduler:
 
     def fork(self, request_id: int, twin: ScheduledRequest) -> None:
         """`twin` runs on from where a running request stands, on the same blocks, until either writes to them."""
-        self.check(twin)
+        if twin.request_id in self.requests:
+            raise ValueError(f"there is a request {twin.request_id} already: give another id")
         parent = self.requests[request_id]
         assert parent.status in (Status.RUNNING, Status.KEPT) and parent.table is not None
         twin.table, twin.computed, twin.status = parent.table.fork(), parent.computed, parent.status

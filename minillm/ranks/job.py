@@ -256,13 +256,16 @@ class Job:
         """
         asked_at, before = self.inside
         limit = self.timeout_s
-        if self.starting or now - asked_at < limit or any(rank.waits is not None for rank in self.ranks):
+        if self.starting or now - asked_at < limit:
             return None
         running = [rank for rank in self.ranks if rank.life is Life.RUNNING]
         silent = self.inquiry.ask(running)
         halted, self.halted = self.halted, {number for number in silent if self.processes[number].stopped}
         if halted & self.halted:
             return find_halted(self.ranks, sorted(halted & self.halted), limit)
+        if any(rank.waits is not None for rank in self.ranks):  # whoever is late is found by what is waited for
+            self.inside = (now, {})
+            return None
         spent = {rank.number: self.processes[rank.number].cpu_s for rank in running}
         inside = {r.number: (r.view.ticks, r.spots, spent[r.number]) for r in running if r.inside_torch}
         self.inside = (now, inside)

@@ -38,7 +38,9 @@ def draw_stutter(
         began, ended = long.first(Event.STARTED) - zero, long.token_s[0] - zero
         axis.barh(row + 0.18, ended - began, left=began, height=0.24, color=PREFILL)
         left, right = (when - zero for when in longest_gap(short))
-        axis.annotate("", (left, row - 0.48), xytext=(right, row - 0.48), arrowprops={"arrowstyle": "<->", "color": INK})
+        axis.annotate(
+            "", (left, row - 0.48), xytext=(right, row - 0.48), arrowprops={"arrowstyle": "<->", "color": INK}
+        )
         said = f"{plain(1e3 * (right - left))} ms"
         axis.text(right, row - 0.48, f" {said}", ha="left", va="center", fontsize=10, color=INK, weight="bold")
         if guess_s is not None and row == 0:
