@@ -113,6 +113,9 @@ def transfer(one: LLM) -> dict[str, Any]:
             for way in TRANSFERS
             for steps in (512, 128)
         }
+        ways |= {
+            f"{way}, link as fast as it is": EngineOptions(**(vars(POOL) | {"kv_transfer": way})) for way in TRANSFERS
+        }
         modes = {name: llm.with_options(options) for name, options in ways.items()}
         raw: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
         for number, prompt in enumerate(prompts):

@@ -77,12 +77,15 @@ class Demand:
 
 @dataclass(frozen=True)
 class Rates:
-    """Requests per second that one instance serves: prefill alone, decode alone, or both by turns; and its decode batch."""
+    """Requests per second that one instance serves: prefill alone, decode alone in steps of `batch`, or both by turns, in steps of
+    `both_batch`; 0 where that cannot keep to the goal.
+    """
 
     prefill: float
     decode: float
     both: float
     batch: int
+    both_batch: int = 0
 
     def split(self, prefills: int, decodes: int) -> float:
         """With so many instances of each kind: what the slower kind lets through."""
@@ -96,8 +99,8 @@ class Rates:
 def rates_of(config: ModelConfig, device: Device, dtype: str, demand: Demand) -> Rates:
     """What one instance on one device serves. Decode takes the largest batch, a power of two, that fits and whose steps keep to `tpot_s`.
 
-    An instance that does both spends on each request the prompt's time and its share of decode steps. Raises `ValueError` when
-    not even one request keeps to it, saying by how much.
+    An instance that does both reads batch / tokens_out prompts for each step on average, and with them its steps must keep to the
+    goal. Raises `ValueError` when not even one request alone does, saying how long its step takes.
     """
     context = demand.tokens_in + demand.tokens_out
     room = cache_room_bytes(config, device, dtype) // cache_bytes(config, dtype, context)
@@ -106,8 +109,10 @@ def rates_of(config: ModelConfig, device: Device, dtype: str, demand: Demand) ->
     step = lambda batch: decode_s(config, device, dtype, batch, context)  # noqa: E731
     if step(1) > demand.tpot_s:
         raise ValueError(f"a step of one request takes {1e3 * step(1):.3g} ms on {device.name}: more than the goal")
-    batch = 1
-    while 2 * batch <= min(room, 1024) and step(2 * batch) <= demand.tpot_s:
-        batch *= 2
-    reading, decoding = prefill_s(config, device, dtype, demand.tokens_in), demand.tokens_out * step(batch) / batch
-    return Rates(1 / reading, 1 / decoding, 1 / (reading + decoding), batch)
+    reading = prefill_s(config, device, dtype, demand.tokens_in)
+    mixed = lambda batch: step(batch) + reading * batch / demand.tokens_out  # noqa: E731
+    sizes = [2**power for power in range(11) if 2**power <= room]
+    batch = max(size for size in sizes if step(size) <= demand.tpot_s)
+    both = max((size for size in sizes if mixed(size) <= demand.tpot_s), default=0)
+    together = both / (demand.tokens_out * mixed(both)) if both else 0.0
+    return Rates(1 / reading, batch / (demand.tokens_out * step(batch)), together, batch, both)

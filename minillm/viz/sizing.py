@@ -87,14 +87,16 @@ def draw_ratio(rates: Rates, instances: int, caption: str) -> Figure:
     lines += axis.plot(places, decoding, "o-", color=DECODE, linewidth=2.2)
     axis.axhline(together, color=INK, linestyle=":", linewidth=1.3)
     most = max(together, through[best - 1])
-    axis.set(
-        ylim=(0, 1.75 * most), xlim=(0.4, instances + 1.0), xlabel="instances that read prompts", ylabel="requests/s"
-    )
+    axis.set(ylim=(0, 1.75 * most), xlim=(0.4, instances + 1.0), xlabel="readers : decoders", ylabel="requests/s")
     axis.annotate(
-        f"all do both: {plain(together)}", (instances + 1.0, together), xytext=(0, 4), textcoords="offset points", ha="right",
+        f"all do both: {plain(together)}" if together else "all do both: not within the goal", (instances + 1.0, together), xytext=(0, 4), textcoords="offset points", ha="right",
         fontsize=10,
     )  # fmt: skip
     legend(axis, [*lines, Patch(color=INK)], ["prefill lets through", "decode lets through", "the best split"])
     axis.set_xticks(list(places), [f"{n}:{instances - n}" for n in places])
-    most_text = f"{best}:{instances - best} serves {plain(through[best - 1])} requests/s"
-    return frame(figure, f"{most_text}, {plain(100 * through[best - 1] / together)} % of what all together do", caption)
+    said = f"{best}:{instances - best} serves {plain(through[best - 1])} requests/s"
+    if together:
+        said += f", {plain(through[best - 1] / together)} times what all together do"
+    else:
+        said += "; together, steps with prompts in them break the goal"
+    return frame(figure, said, caption)

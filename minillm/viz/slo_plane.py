@@ -19,7 +19,8 @@ from minillm.viz.words import plain, plain_log, round_ticks
 
 class SLOPlane(InteractivePicture):
     """The same requests served in several ways: `ways` maps a name to their lives, in the order in which they came. Prompts of at least
-    `long` tokens are orange. The rectangle begins at (`ttft_s`, `gap_s`): those inside meet both goals.
+    `long` tokens are orange. The rectangle begins at (`ttft_s`, `gap_s`), or where six in ten of all keep to either: those inside
+    meet both goals.
 
     Raises `ValueError` for ways that did not serve as many requests, or some with a single token.
     """
@@ -34,7 +35,7 @@ class SLOPlane(InteractivePicture):
     slo: Any = traitlets.List().tag(sync=True)
 
     def __init__(
-        self, ways: Mapping[str, Sequence[RequestLife]], question: str, caption: str, ttft_s: float, gap_s: float, long: int
+        self, ways: Mapping[str, Sequence[RequestLife]], question: str, caption: str, long: int, ttft_s: float | None = None, gap_s: float | None = None
     ) -> None:  # fmt: skip
         if len({len(lives) for lives in ways.values()}) != 1 or not next(iter(ways.values())):
             raise ValueError("give the lives of the same requests for each way")
@@ -45,8 +46,10 @@ class SLOPlane(InteractivePicture):
             name: sorted(lives, key=lambda life: life.first(Event.ARRIVED) - lives[0].first(Event.ARRIVED))
             for name, lives in ways.items()
         }
-        self.question, self.caption, self.names, self.slo = question, caption, list(ways), [ttft_s, gap_s]
+        self.question, self.caption, self.names = question, caption, list(ways)
         self.dots = [[place_of(life) for life in lives] for lives in ordered.values()]
+        firsts, gaps = ([dot[side] for dots in self.dots for dot in dots] for side in (0, 1))
+        self.slo = [ttft_s or 1.02 * percentile(firsts, 60).value, gap_s or 1.02 * percentile(gaps, 60).value]
         self.long = [life.prompt_tokens >= long for life in next(iter(ordered.values()))]
         self.seconds = [
             max(life.token_s[-1] for life in lives) - lives[0].first(Event.ARRIVED) for lives in ordered.values()

@@ -21,7 +21,7 @@ def longest_gap(lives: Sequence[RequestLife]) -> tuple[float, float]:
 def draw_stutter(
     ways: Mapping[str, Sequence[RequestLife]], finding: str, caption: str, guess_s: float | None = None
 ) -> Figure:
-    """For each way two lines: the tokens of its requests with few prompt tokens, and when that with the longest prompt was read.
+    """For each way a line of ticks for each request but the one with the longest prompt, and a bar while that one was read.
 
     All begin where the long prompt arrives. `guess_s` is the learner's guess of the longest gap, drawn where the first way's begins.
     Raises `ValueError` for a way without a request that streams.
@@ -33,8 +33,10 @@ def draw_stutter(
         if not short:
             raise ValueError(f"{name}: nothing streams beside the long prompt")
         zero = long.first(Event.ARRIVED)
-        ticks = [token - zero for life in short for token in life.token_s]
-        axis.vlines(ticks, row - 0.34, row - 0.02, color=DECODE, linewidth=1.6)
+        depth = 0.36 / len(short)
+        for place, life in enumerate(short):
+            top = row - 0.36 + place * depth
+            axis.vlines([token - zero for token in life.token_s], top, top + 0.8 * depth, color=DECODE, linewidth=1.6)
         began, ended = long.first(Event.STARTED) - zero, long.token_s[0] - zero
         axis.barh(row + 0.18, ended - began, left=began, height=0.24, color=PREFILL)
         left, right = (when - zero for when in longest_gap(short))

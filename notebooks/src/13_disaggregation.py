@@ -14,7 +14,7 @@
 # %% [markdown]
 # # 13 · Prefill and decode apart
 #
-# **Somebody sends a long prompt, and everybody's answers stutter. What if other devices read the prompts?**
+# **Somebody sends a long prompt, and other people's answers stutter. What if other devices read the prompts?**
 #
 # 45 minutes, and about 40 for the exercises · comes after 02, 05 and 08 · needs 4 GB of free memory
 #
@@ -24,6 +24,7 @@
 # |---|---|---|
 # | disaggregation | 预填充–解码分离 | some instances only read prompts, others only decode |
 # | KV transfer | KV 缓存迁移 | a prompt's keys and values move to where it goes on |
+# | TTFT, TPOT | 首词元时间, 每词元时间 | time to the first token; time per token after it |
 # | ITL | 词元间延迟 | the gap between two tokens; its tail is what stutters |
 # | SLO | 服务等级目标 | what users are promised: TTFT and ITL at most so long |
 # | goodput | 有效吞吐 | requests/s that keep to all of that |
@@ -48,7 +49,8 @@ ways = {"together": together, "together, in chunks": together.with_options(cut),
 # %%
 from minillm.lesson.predict import Predict
 
-gap = Predict("13.gap", "The longest gap between two tokens of a short answer?", "ms", 20, 20_000)
+gap = Predict("13.gap", "Two replicas, the prompt read at once: the longest gap between two tokens of a "
+              "short answer?", "ms", 20, 20_000)
 gap
 
 # %% tags=["nbval-ignore-output"]
@@ -68,8 +70,9 @@ finding = "The longest gap: " + ", ".join(f"{ms:,.0f} ms {name}" for name, ms in
 HERE = "measured · two processes of this machine, a core each · SmolLM2-135M float32"
 gap.reveal(
     gaps["together"],
-    "The whole prompt is read in one step, and who shares the step waits. In chunks there are many "
-    "small gaps, and the prompt takes longer. Apart, no decode step has a prompt in it.",
+    "The whole prompt is read in one step, and the answer that shares the step waits; the other one is "
+    "at the other replica. In chunks there are many small gaps, and the prompt takes longer. Apart, no "
+    "decode step has a prompt in it.",
     lambda guess: draw_stutter(stutter, finding, HERE, guess and guess / 1e3),
 )
 
@@ -77,7 +80,8 @@ gap.reveal(
 # ## By hand
 #
 # A decode step takes 50 ms, a prompt 400 ms. Cut in 4, each part takes 100 ms, and reads again the keys of the parts before it: 1 + 2 + 3 + 4
-# parts of keys instead of 4. All that counts here: the longest gap, and the first token of the long prompt.
+# parts of keys instead of 4. Only two things are counted here: the longest gap, and the first token of the long prompt. What would 8 parts
+# give?
 
 # %%
 step, prompt, parts = 50, 400, 4
@@ -90,18 +94,10 @@ print(f"apart     gap {step} ms, first token after {prompt} ms, and then its key
 # %% [markdown]
 # ## Who serves best?
 #
-# It depends on what was promised. Five seconds of traffic, the same for all three; each dot is a request.
-
-# %%
-who = Predict("13.who", "Which of the three gives the most tokens/s here?",
-              choices=("apart: each device does what it is good at", "together, in chunks",
-                       "none by much: the work is the same", "together, at once"))
-who
+# It depends on what was promised. Eleven requests in some four seconds, the same for all three; each dot is one of them.
 
 # %% tags=["nbval-ignore-output"]
 from random import Random
-
-from minillm.trace.metrics import Report
 
 dice, traffic, at = Random(4), [], 0.0
 for n in range(11):
@@ -109,38 +105,24 @@ for n in range(11):
     at += dice.expovariate(2.2)
 traces = {name: drive(llm, traffic) for name, llm in ways.items()}
 served = {name: trace.lives for name, trace in traces.items()}
-speed = {name: Report.of(lives).tokens_per_s for name, lives in served.items()}
 
 # %% tags=["nbval-ignore-output"]
 from minillm.viz.slo_plane import SLOPlane
 
-calm = [life for life in stutter["apart"] if life.prompt_tokens == 400][0]
-usual = sorted(gap for life in stutter["apart"] for gap in life.itl_s)[40]
-SLOPlane(served, "The goals decide who serves most", HERE,
-         ttft_s=1.5 * calm.ttft_s, gap_s=2.5 * usual, long=384)
+SLOPlane(served, "The goals decide who serves most", HERE, long=384)
 
 # %% [markdown]
-# The goals, at first: 1.5 times the TTFT of the long prompt above, apart, and 2.5 times the usual gap there. Click the three ways, and drag
-# the corner. Which goals make *together* the best, which *in chunks*, and which *apart*?
+# The goals are, at first, what six of ten requests keep to. Click the three ways, and drag the corner. Can you find goals for which *together*
+# is best? For which do you need *apart*? (Few requests on a busy machine: your neighbour's dots lie elsewhere.)
 
 # %% [markdown]
-# Apart, a short question can still wait: behind a long prompt, before it is read.
+# Apart, a short question can still wait: behind a long prompt, or in the same step with it.
 
 # %% tags=["nbval-ignore-output"]
 from minillm.viz.requests import draw_requests
 from minillm.viz.style import show
 
-show(draw_requests(traces["apart"], "Apart, requests wait before they are read, not while they decode"))
-
-# %%
-fastest = max(speed, key=speed.get)
-near = speed[fastest] < 1.35 * min(speed.values())
-rates = ", ".join(f"{name} {rate:.0f}" for name, rate in speed.items())
-who.reveal(
-    2 if near else {"apart": 0, "together, in chunks": 1, "together": 3}[fastest],
-    f"Tokens/s: {rates}. The same prompts are read and the same tokens given, by two cores. Splitting "
-    "adds no throughput: it keeps one phase out of the other's way. vLLM's documentation says so, too.",
-)
+show(draw_requests(traces["apart"], "Apart: each request's way, one instance for orange, one for blue"))
 
 # %% [markdown]
 # ## What moves
@@ -149,7 +131,8 @@ who.reveal(
 # 1 Gbit/s here.
 
 # %%
-moved = Predict("13.moved", "A prompt of 400 tokens: how many MB of keys and values?", "MB", 0.1, 1000)
+moved = Predict("13.moved", "A prompt of 400 tokens, SmolLM2 in float32: how many MB of keys and "
+                "values?", "MB", 0.1, 1000)
 moved
 
 # %% tags=["nbval-ignore-output"]
@@ -170,10 +153,10 @@ seen = {name: 1e3 * (began - first) for name, (first, began) in
         ((name, waits_of(run)) for name, run in runs.items())}
 moved.reveal(
     sent["layer"] / 1e6,
-    f"{400 // 16} blocks of 16 tokens, in 30 layers, K and V of 3 heads of 64 numbers. Decode begins "
-    f"{seen['whole']:.0f} ms after the first token when the whole cache moves then, and "
+    f"{400 // 16} blocks of 16 tokens, in 30 layers, K and V of 3 heads of 64 numbers of 4 bytes. "
+    f"Decode begins {seen['whole']:.0f} ms after the first token when the whole cache moves then, and "
     f"{seen['layer']:.0f} ms after it layer by layer: that left while the prompt was read.",
-    draw_moves(runs, "Layer by layer, the move is hidden",
+    draw_moves(runs, f"Decode waits {seen['whole']:.0f} ms, or {seen['layer']:.0f} ms",
                HERE + " · link slowed to 1 Gbit/s"),
     how="counted",
 )
@@ -181,7 +164,8 @@ moved.reveal(
 # %% [markdown]
 # ## What if: link and device
 #
-# A faster device reads the prompt sooner, and leaves less time to hide behind. Where is the knee? When is even a move of the whole cache hidden?
+# A faster device reads the prompt sooner, and leaves less time to hide behind. Where is the knee? When is even a move of the whole cache hidden,
+# that is, shorter than a decode step of 16 requests? (A prompt of one chunk moves chunk by chunk as it moves whole.)
 
 # %%
 from minillm.disagg.sizing import Demand, rates_of
@@ -190,54 +174,67 @@ from minillm.model.shapes import SHAPES
 from minillm.viz.sizing import draw_ratio, draw_stall
 from minillm.viz.whatif import WhatIf
 
-LARGE = {name: SHAPES[name] for name in ("Llama-3.1-8B", "Llama-2-7B", "Llama-3.1-70B")}
+def stall(Gbit_per_s, device, model, prompt_tokens):
+    return draw_stall(SHAPES[model], find_device(device), "bfloat16", prompt_tokens, Gbit_per_s,
+                      f"by formula · {model} bfloat16 on {device} · {prompt_tokens:,} tokens")
 
 
-def stall(gbits, device, model, prompt):
-    return draw_stall(LARGE[model], find_device(device), "bfloat16", prompt, gbits,
-                      f"by formula · {model} bfloat16 on {device} · {prompt:,} tokens")
-
-
-WhatIf(stall, "When is the move hidden?", gbits=[100, 1, 10, 25, 50, 200, 300],
-       device=["H100", "A100 80GB", "L4"], model=list(LARGE), prompt=[4096, 512, 2048, 16384])
+WhatIf(stall, "When is the move hidden?", Gbit_per_s=[100, 1, 10, 25, 50, 200, 300],
+       device=["H100", "A100 80GB", "L4"], model=["Llama-3.1-8B", "Llama-2-7B"],
+       prompt_tokens=[4096, 512, 2048, 16384])
 
 # %% [markdown]
 # ## What if: how many of each?
 #
-# Eight instances of one H100. Long prompts with short answers want readers, long answers want the others. A stricter goal for
-# tokens makes batches smaller.
+# Eight instances of one H100, Llama-3.1-8B, 2,048 tokens in and 256 out. Some read, the others decode; or all do both, and then steps have
+# prompts in them.
 
 # %%
-ratio = Predict("13.ratio", "8 instances, 2,048 tokens in and 256 out, TPOT at most 30 ms: how many "
-                "should read prompts?", "", 1, 8)
-ratio
+loose = Predict("13.loose", "TPOT may be 100 ms: how many times the requests/s of all doing both does "
+                "the best split serve?", "×", 0.25, 4)
+loose
 
 # %%
-def split(tokens_in, tokens_out, tpot_ms, model):
-    demand = Demand(tokens_in, tokens_out, tpot_ms / 1e3)
-    rates = rates_of(SHAPES[model], find_device("H100"), "bfloat16", demand)
-    load = f"{tokens_in:,} tokens in, {tokens_out:,} out, TPOT ≤ {tpot_ms} ms"
-    return draw_ratio(rates, 8,
-                      f"by formula · {model} bfloat16 on 8 × H100 · {load} · batch {rates.batch}")
+def rates_for(tpot_goal_ms, tokens_in=2048, tokens_out=256, model="Llama-3.1-8B"):
+    demand = Demand(tokens_in, tokens_out, tpot_goal_ms / 1e3)
+    return rates_of(SHAPES[model], find_device("H100"), "bfloat16", demand)
 
 
-WhatIf(split, "How should the eight be split?", tokens_in=[512, 128, 2048, 8192],
-       tokens_out=[1024, 16, 128, 256], tpot_ms=[30, 10, 15, 100], model=["Llama-3.1-8B", "Llama-2-7B"])
+def gain(rates):
+    return rates.split(rates.best(8), 8 - rates.best(8)) / (8 * rates.both)
 
-# %%
-llama, h100 = SHAPES["Llama-3.1-8B"], find_device("H100")
-ratio.reveal(
-    rates_of(llama, h100, "bfloat16", Demand(2048, 256, 0.03)).best(8),
-    "What gets through is what the slower kind lets through. Together, nobody has to choose: a ratio "
-    "that was right in the morning is wrong in the evening. So instances can change roles while they "
-    "serve: `llm.engine.flip(0, Role.DECODE)` drains one first, and reads no weights.",
+
+loose.reveal(
+    gain(rates_for(100)),
+    "Splitting adds no throughput: vLLM's documentation says so, too. What gets through is what the "
+    f"slower kind lets through, and no ratio is exact. At 10 ms it is {gain(rates_for(10)):.2f} times: "
+    "who reads prompts in between has to keep its batches small to keep to the goal.",
     how="by formula",
 )
 
 # %% [markdown]
+# Long prompts with short answers want readers, long answers want decoders. How strict must the goal be before splitting wins?
+
+# %%
+def split(TPOT_goal_ms, tokens_in, tokens_out, model):
+    rates = rates_for(TPOT_goal_ms, tokens_in, tokens_out, model)
+    load = f"{tokens_in:,} tokens in, {tokens_out:,} out, TPOT ≤ {TPOT_goal_ms} ms"
+    batches = f"decode batch {rates.batch} apart, {rates.both_batch} together"
+    return draw_ratio(rates, 8, f"by formula · {model} bfloat16 on 8 × H100 · {load} · {batches}")
+
+
+WhatIf(split, "How should the eight be split?", TPOT_goal_ms=[100, 10, 15, 30],
+       tokens_in=[2048, 128, 512, 8192], tokens_out=[256, 16, 128, 1024],
+       model=["Llama-3.1-8B", "Llama-2-7B"])
+
+# %% [markdown]
+# A ratio that was right in the morning is wrong in the evening. So instances can change roles while they serve: `llm.engine.flip(0, Role.DECODE)`
+# drains one first, and reads no weights.
+
+# %% [markdown]
 # ## The engine's own
 #
-# Who holds what follows from the layouts; so does who sends what.
+# The two layouts determine which rank holds what, and therefore which sends what.
 
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
@@ -281,17 +278,17 @@ def forget(layers):
 
 question = [{"role": "user", "content": "What is the capital of France?"}]
 right = apart.chat(question, SamplingParams(max_tokens=16)).text
-pools[1].run(forget, 10)
+_ = pools[1].run(forget, 10)
 empty = apart.with_options()  # its own engine, in whose blocks nothing has been yet
 wrong = empty.chat(question, SamplingParams(max_tokens=16)).text
-pools[1].run(forget, 0)
+_ = pools[1].run(forget, 0)
 
 # %%
 early.reveal(
     2,
     f"All layers: “{right}” Without ten: “{wrong}” The first token comes from the instance that read "
-    "the prompt. Nobody notices the rest: a cache has no check sum. So who sends counts, and decode "
-    "waits for all of it.",
+    "the prompt. Nobody notices that the rest is wrong: a cache has no check sum. So the receiver "
+    "counts what comes, and decode waits for all of it.",
 )
 
 # %% [markdown]

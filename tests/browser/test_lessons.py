@@ -482,7 +482,7 @@ def test_lesson_13(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "13_disaggregation.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "13")
-    ask = page.locator(".minillm-card", has_text="The longest gap between two tokens")
+    ask = page.locator(".minillm-card", has_text="the longest gap between two tokens")
     area = ask.first.locator(".minillm-guess-axis").bounding_box()
     page.mouse.click(area["x"] + area["width"] * 0.4, area["y"] + 40)
     ask.first.locator("button", has_text="That is my guess").click()

@@ -47,6 +47,11 @@ def test_the_best_ratio_is_the_best(prefill: float, decode: float, instances: in
 def test_the_batch_keeps_to_the_goal() -> None:
     rates = rates_of(LLAMA, H100, "bfloat16", Demand(2048, 256, 0.03))
     assert decode_s(LLAMA, H100, "bfloat16", rates.batch, 2304) <= 0.03
+    mixed = (
+        decode_s(LLAMA, H100, "bfloat16", rates.both_batch, 2304)
+        + prefill_s(LLAMA, H100, "bfloat16", 2048) * rates.both_batch / 256
+    )
+    assert mixed <= 0.03 and rates.both == pytest.approx(rates.both_batch / (256 * mixed))
     with pytest.raises(ValueError, match="more than the goal"):
         rates_of(LLAMA, H100, "bfloat16", Demand(2048, 256, 0.001))
     with pytest.raises(ValueError, match="do not fit"):

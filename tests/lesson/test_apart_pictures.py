@@ -48,16 +48,18 @@ def test_what_is_seen_of_a_move_is_told() -> None:
 
 def test_goals_are_met_inside_the_rectangle() -> None:
     ways = {"together": [life(0, 8, [0.1, 0.2, 0.9]), life(1, 99, [0.5, 0.6])], "apart": [life(0, 8, [0.1, 0.2, 0.3]), life(1, 99, [2.0, 2.1])]}  # fmt: skip
-    plane = SLOPlane(ways, "question", "caption", ttft_s=1.0, gap_s=0.3, long=50)
+    plane = SLOPlane(ways, "question", "caption", 50, ttft_s=1.0, gap_s=0.3)
     assert plane.inside(1.0, 0.3) == {"together": 1, "apart": 1}
     assert plane.inside(3.0, 0.3) == {"together": 1, "apart": 2}
     assert plane.long == [False, True] and plane.dots[1] == [[0.1, pytest.approx(0.1)], [2.0, pytest.approx(0.1)]]
     titles = [axis.get_title(loc="left") for axis in plane.figure().axes]
     assert titles[0].startswith("together\n1 of 2 inside: ")
+    somebody = SLOPlane(ways, "question", "caption", 50)
+    assert sum(somebody.inside(*somebody.slo).values()) > 0
     with pytest.raises(ValueError, match="has no gap"):
-        SLOPlane({"one": [life(0, 8, [0.1])]}, "", "", 1.0, 1.0, 50)
+        SLOPlane({"one": [life(0, 8, [0.1])]}, "", "", 50)
     with pytest.raises(ValueError, match="the same requests"):
-        SLOPlane({"one": ways["apart"], "two": ways["apart"][:1]}, "", "", 1.0, 1.0, 50)
+        SLOPlane({"one": ways["apart"], "two": ways["apart"][:1]}, "", "", 50)
 
 
 def test_a_winner_flips() -> None:
@@ -68,3 +70,8 @@ def test_a_winner_flips() -> None:
         for tokens_in, out in ((8192, 16), (128, 1024))
     ]
     assert ratios[0].startswith("7:1") and ratios[1].startswith("1:7")
+    strict, loose = (rates_of(LLAMA, H100, "bfloat16", Demand(2048, 256, goal)) for goal in (0.012, 0.1))
+    assert strict.split(strict.best(8), 8 - strict.best(8)) > 8 * strict.both
+    assert loose.split(loose.best(8), 8 - loose.best(8)) < 8 * loose.both
+    tight = draw_ratio(rates_of(LLAMA, H100, "bfloat16", Demand(8192, 16, 0.01)), 8, "")._suptitle.get_text()
+    assert "break the goal" in tight

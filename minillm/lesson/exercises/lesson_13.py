@@ -45,27 +45,33 @@ def plan_sends(sources: list[Holding], targets: list[Holding]) -> list[tuple[int
 
 
 def drive_plan(function: Callable[..., Any], case: Case) -> Outcome:
-    """The outputs: pieces (a layer's K and V of a head, at a target) that come once, more than once and never; the work: messages."""
+    """The output: pieces (a layer's K and V of a head, at a target) that come; the work: messages. Raises `RuleError` for the first piece
+    that comes twice or never.
+    """
     sources, targets = case.inputs
     sends = function(list(sources), list(targets))
     if not isinstance(sends, (list, tuple)):
         raise RuleError(f"return a list of sends, not {sends!r:.60}")
-    came: dict[tuple[int, int, int], int] = {}
+    came: dict[tuple[int, int, int], list[int]] = {}
     for each in sends:
         source, target, layers, heads = _checked(each, len(sources), len(targets))
         for layer in range(*layers):
             for head in range(*heads):
                 _check_held(each, layer, head, sources[source], f"source {source} does not hold")
                 _check_held(each, layer, head, targets[target], f"target {target} does not want")
-                came[target, layer, head] = came.get((target, layer, head), 0) + 1
+                came.setdefault((target, layer, head), []).append(source)
     wanted = [
         (n, layer, head)
         for n, (layers, heads) in enumerate(targets)
         for layer in range(*layers)
         for head in range(*heads)
     ]
-    times = [came.get(each, 0) for each in wanted]
-    return Outcome([times.count(1), sum(count > 1 for count in times), times.count(0)], len(sends))
+    for target, layer, head in wanted:
+        by = came.get((target, layer, head), [])
+        if len(by) != 1:
+            often = f"{len(by)} times, from sources {' and '.join(map(str, by))}" if by else "never"
+            raise RuleError(f"head {head} of layer {layer} comes to target {target} {often}: expected once")
+    return Outcome([len(wanted)], len(sends))
 
 
 def _checked(send: Any, sources: int, targets: int) -> tuple[int, int, Part, Part]:
@@ -112,6 +118,8 @@ SHARE = Exercise(
         Case("at least one of each", (4, 1000, 1)),
         Case("two instances", (2, 3, 50)),
         Case("two ratios serve as many", (3, 10, 10)),
+        Case("between two ratios", (8, 10, 15)),
+        Case("one decoder suffices", (8, 1, 100)),
     ),
     starter='''\
 def readers(instances, prefill_rate, decode_rate):
@@ -150,6 +158,10 @@ PULL = Exercise(
         Case("three of four", ([10, 31, 17, 90], 8, [7, 64])),
         Case("nobody waits", ([], 9, [5])),
         Case("fewer free than those that run want", ([5], 1, [16, 32])),
+        Case("one token more fills the block", ([15], 1, [])),
+        Case("two that run want one each", ([5, 5], 3, [16, 32])),
+        Case("not full yet", ([5], 1, [15])),
+        Case("kept for the second, too", ([5, 5], 2, [16])),
     ),
     starter='''\
 def pull(waiting, free, running):
@@ -191,7 +203,7 @@ PLAN = Exercise(
     target=fewest_sends,
     unit="messages",
     plain=False,
-    names=("pieces that come once", "pieces that come twice", "pieces that never come"),
+    names=("pieces that come",),
     cases=(
         Case("one rank to one", ([((0, 4), (0, 2))], [((0, 4), (0, 2))])),
         Case("tp=2 to one rank", ([((0, 4), (0, 1)), ((0, 4), (1, 2))], [((0, 4), (0, 2))])),

@@ -57,14 +57,15 @@ function render({ model, el }) {
   const met = (n) => dots[n].filter(([first, gap]) => first <= slo[0] && gap <= slo[1]).length;
 
   function draw() {
-    const counts = names.map((_, n) => met(n)), most = Math.max(...counts);
+    const counts = names.map((_, n) => met(n)), rates = counts.map((count, n) => count / seconds[n]), most = Math.max(...rates);
+    const best = names.filter((_, n) => rates[n] > 0.95 * most); // within 5 % they are alike
     rectangle.setAttribute("x", L); rectangle.setAttribute("y", y(slo[1]));
     rectangle.setAttribute("width", Math.max(0, x(slo[0]) - L)); rectangle.setAttribute("height", Math.max(0, H - B - y(slo[1])));
     handle.setAttribute("cx", x(slo[0])); handle.setAttribute("cy", y(slo[1]));
     const right = x(slo[0]) - L < 190;
     goal.setAttribute("x", x(slo[0]) + (right ? 14 : -14)); goal.setAttribute("text-anchor", right ? "start" : "end");
     goal.setAttribute("y", y(slo[1]) < T + 30 ? y(slo[1]) + 24 : y(slo[1]) - 10);
-    goal.textContent = `≤ ${plain(slo[0])} s, gaps ≤ ${plain(slo[1] * 1e3)} ms`;
+    goal.textContent = `TTFT ≤ ${plain(slo[0])} s, gaps ≤ ${plain(slo[1])} s`;
     circles.forEach((circle, n) => {
       const [first, gap] = dots[way][n], inside = first <= slo[0] && gap <= slo[1];
       circle.setAttribute("cx", x(first)); circle.setAttribute("cy", y(gap));
@@ -73,12 +74,11 @@ function render({ model, el }) {
     });
     rows.forEach(({ frame, text, told, rate }, n) => {
       frame.setAttribute("fill", n === way ? "#f6e9d8" : "white");
-      text.textContent = names[n] + (counts[n] === most && most > 0 ? "  ★" : "");
+      text.textContent = names[n] + (most > 0 && best.length === 1 && names[n] === best[0] ? "  ★ most" : "");
       told.textContent = `${counts[n]} of ${dots[n].length} meet both goals:`;
-      rate.textContent = `${plain(counts[n] / seconds[n])} requests/s`;
+      rate.textContent = `${Number(rates[n].toPrecision(2))} requests/s`;
     });
-    const best = names.filter((_, n) => counts[n] === most);
-    title.textContent = most === 0 ? "Nobody meets these goals" : best.length === 1 ? `With these goals ${best[0]} serves most` : `With these goals ${best.join(" and ")} are alike`;
+    title.textContent = most === 0 ? "Nobody meets these goals" : best.length === 1 ? `With these goals “${best[0]}” serves most` : `With these goals ${best.map((name) => `“${name}”`).join(" and ")} serve as many`;
   }
 
   function put(at, height) {
