@@ -14,13 +14,14 @@ import torch
 
 from minillm.disagg.handover import equip
 from minillm.disagg.layout import SplitLayout
+from minillm.engine.handing import Note, What
 from minillm.engine.request import Piece, Request
 from minillm.parallel.data import Replicas
 from minillm.parallel.door import House
 from minillm.parallel.instance import Instance, check_ranks, start_alike
 from minillm.parallel.messages import Source
 from minillm.parallel.remote import RemoteEngine
-from minillm.policy.handing import NOBODY, Dispatcher, Role
+from minillm.policy.handing import NOBODY, Dispatcher, Role, Way
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order, first_come
 from minillm.policy.router import LeastTokens, Router
@@ -127,29 +128,34 @@ class Split(Replicas):
         return pieces
 
     def _heed(self, engine: RemoteEngine) -> None:
-        """What happened to requests at an instance."""
+        """What happened to requests at an instance; what it says of those that are elsewhere by now does not matter."""
         number, notes = self.engines.index(engine), engine.notes
         engine.notes = []
         for note in notes:
-            what, request_id = note.what, note.request_id
-            way, request = self.dispatcher.ways.get(request_id), self.requests.get(request_id)
-            if (
-                way is None
-                or request is None
-                or number != (way.prefill if what in ("started", "unread") else way.decode)
-            ):
+            way = self.dispatcher.ways.get(note.request_id)
+            if way is None or note.request_id not in self.requests:
                 continue
-            if what == "started":
-                way.reading, way.tokens = note.reading, note.tokens
-                if note.alone:
-                    self._send_on(request_id, self.dispatcher.started(request_id))
-            elif what == "unread":
-                self._forget(request_id, [self.dispatcher.unread(request_id)])
-            elif what == "came":
-                self._forget(request_id, [self.dispatcher.came(request_id)])
-            elif what == "broken":
-                self._forget(request_id, [self.dispatcher.alone(request_id)])
-                self._give(request_id, number, alone=True)
+            if note.what in (What.STARTED, What.UNREAD) and number == way.prefill:
+                self._heed_prefill(note, way)
+            elif note.what in (What.CAME, What.BROKEN) and number == way.decode:
+                self._heed_decode(note, number)
+
+    def _heed_prefill(self, note: Note, way: Way) -> None:
+        """A prompt is being read, or was put aside."""
+        if note.what is What.UNREAD:
+            self._forget(note.request_id, [self.dispatcher.unread(note.request_id)])
+            return
+        way.reading, way.tokens = note.reading, note.tokens
+        if note.alone:
+            self._send_on(note.request_id, self.dispatcher.started(note.request_id))
+
+    def _heed_decode(self, note: Note, number: int) -> None:
+        """A cache has come, or will not."""
+        if note.what is What.CAME:
+            self._forget(note.request_id, [self.dispatcher.came(note.request_id)])
+        else:
+            self._forget(note.request_id, [self.dispatcher.alone(note.request_id)])
+            self._give(note.request_id, number, alone=True)
 
     def _give(self, request_id: int, decode: int, alone: bool = False) -> None:
         """Tell an instance for decode what a request was given."""

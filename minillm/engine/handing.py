@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from minillm.engine.request import Request
@@ -28,13 +29,22 @@ class Transfers(Protocol):
     def stop(self, request_id: int) -> None: ...
 
 
+class What(Enum):
+    """What can happen to a request that is handed over."""
+
+    STARTED = "started"  # its prompt is being read
+    UNREAD = "unread"  # it was put aside, and will be read again
+    CAME = "came"  # its cache is here, where it goes on
+    BROKEN = "broken"  # and will not come
+
+
 @dataclass(frozen=True)
 class Note:
-    """What happened to a request: its prompt of so many `tokens` has "started" to be read, the `reading`-th of this engine, for it
-    `alone` or for other samples too; was put aside, "unread"; what it waited for "came", or will not, for the transfer is "broken".
+    """What happened to a request. A prompt that is being read has so many `tokens`; it is the `reading`-th of this engine, for the
+    request `alone` or for other samples too.
     """
 
-    what: str
+    what: What
     request_id: int
     reading: int = 0
     tokens: int = 0
@@ -63,7 +73,7 @@ class Handing:
             request = self.requests.get(request_id)
             if request is None or not request.scheduled.arriving:
                 continue
-            self.notes.append(Note("came" if came else "broken", request_id))
+            self.notes.append(Note(What.CAME if came else What.BROKEN, request_id))
             if came:
                 request.life.note(Event.CAME, now_s)
                 self.came.add(request_id)
@@ -73,7 +83,7 @@ class Handing:
         """A batch was put together: some prompts begin, some were put aside, and for some requests there are blocks now."""
         for request_id in batch.preempted:
             if request_id in self.requests and self.requests[request_id].scheduled.handed:
-                self.notes.append(Note("unread", request_id))
+                self.notes.append(Note(What.UNREAD, request_id))
         begun = [note for request_id in started for note in self._begun(self.requests[request_id])]
         self.notes += begun
         if begun and self.early:
@@ -91,7 +101,7 @@ class Handing:
             return []
         samples = [request, *request.twins] if scheduled.samples > 1 else [request]
         about = scheduled.reading, len(scheduled.tokens), len(samples) == 1
-        return [Note("started", each.request_id, *about) for each in samples]
+        return [Note(What.STARTED, each.request_id, *about) for each in samples]
 
     def left(self, request: Request) -> None:
         """A request has ended, and the scheduler knows: nothing comes for it any more."""

@@ -27,7 +27,8 @@ class ScheduledRequest:
     the `in_flight` next ones in batches under way. `samples` sequences will come of it, by forks; each takes one of the places of a batch.
 
     One that is to be `handed` over goes on at another instance after its first token. Each time that its prompt is read has a number,
-    `reading`, which other samples of it share. There K and V of as many of its tokens are `arriving`, and none are computed until they are there.
+    `reading`, which other samples of it share. At the instance where it goes on, K and V of as many of its tokens are `arriving`; until
+    they are there they count as `in_flight`, and none is computed.
     """
 
     request_id: int

@@ -20,7 +20,7 @@ from minillm.disagg.layout import SplitLayout
 from minillm.policy.options import TRANSFERS
 
 SEEDS = 60 if "MINILLM_FAULT_SEEDS" in os.environ else 8  # all of them in `make soak`
-LAYOUTS = ["prefill=1xtp=1,decode=1xtp=1", "prefill=1xtp=2,decode=1xpp=2", "prefill=2xtp=1,decode=2xtp=1", "prefill=1xtp=1,decode=1xcp=2"]  # fmt: skip
+LAYOUTS = ["prefill=1xtp=1,decode=1xtp=1", "prefill=1xtp=2,decode=1xpp=2", "prefill=2xtp=1,decode=2xtp=1", "prefill=1xtp=1,decode=1xcp=2", "prefill=1xpp=2,decode=1xtp=1"]  # fmt: skip
 PROMPTS = [[(7 * n + 13 * i) % 250 for i in range(5 + 17 * n)] for n in range(6)]
 SMALL = EngineOptions(num_blocks=24, max_running=8, max_step_tokens=32)
 WITHIN_S = 15.0
