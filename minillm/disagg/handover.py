@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from minillm.disagg.receiver import Receiver, Stub
@@ -79,6 +80,10 @@ class Handover(Desk):
         if what == "want":
             places = {name: tuple(message.pop(name)) for name in ("layers", "heads", "line")}
             self.sender.want(link, Wanted(**message, **places))  # type: ignore[arg-type]
+        elif what == "room":
+            self.sender.share(link, self.door.folder / Path(message["name"]).name)
+        elif what == "free":
+            self.sender.rooms[link].give(message["slot"])
         elif what == "unwant":
             self.sender.forget(link, message["transfer"])
         elif what == "pull":

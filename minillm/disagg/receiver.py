@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from secrets import token_hex
 from typing import Any
 
 import torch
 
+from minillm.disagg.room import Room
 from minillm.disagg.routes import Route
 from minillm.kv.paged import PagedCache
 from minillm.parallel.desk import hang_up
@@ -37,6 +39,20 @@ class Coming:
 
 
 @dataclass
+class Wire:
+    """A link to a rank of another instance, on which one thread speaks at a time, and memory shared with that rank, if there is some."""
+
+    link: Connection
+    room: Room | None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, what: str, **details: Any) -> None:
+        """Send a message. Raises `OSError` when nobody is there."""
+        with self.lock:
+            say(self.link, what, **details)
+
+
+@dataclass
 class Stub:
     """This rank's first layer and first head, and its place on a line of context parallel ranks."""
 
@@ -54,7 +70,7 @@ class Receiver:
         self.door, self.cache, self.stub, self.tell = door, cache, stub, tell
         self._coming: dict[int, Coming] = {}
         self._lock = threading.RLock()
-        self._wires: dict[tuple[int, int], Connection] = {}
+        self._wires: dict[tuple[int, int], Wire] = {}
         self._askers: dict[int, ThreadPoolExecutor] = {}
 
     def pull(self, transfer: int, request_id: int, reading: int, party: int, routes: Sequence[Route], starts: Sequence[tuple[int, int]], blocks: Sequence[int]) -> None:  # fmt: skip
@@ -91,7 +107,7 @@ class Receiver:
         try:
             for source, want in zip(sources, wants):
                 if transfer in self._coming:
-                    say(self._wire(party, source), "want", **want)
+                    self._wire(party, source).say("want", **want)
         except (OSError, LinkLost):
             coming = self._coming.get(transfer)
             self._over(transfer, False)
@@ -110,52 +126,75 @@ class Receiver:
             wires = [self._wires.get((coming.party, rank)) for rank in coming.routes]
         for wire in filter(None, wires):
             with suppress(OSError):
-                say(wire, "unwant", transfer=transfer)
+                wire.say("unwant", transfer=transfer)
 
     def close(self) -> None:
         """Receive nothing more."""
         with self._lock:
             self._coming.clear()
             for wire in self._wires.values():
-                hang_up(wire)
+                hang_up(wire.link)
             for asker in self._askers.values():
                 asker.shutdown(wait=False, cancel_futures=True)
 
-    def _wire(self, party: int, rank: int) -> Connection:
+    def _wire(self, party: int, rank: int) -> Wire:
         """The wire to a rank of a party, made when first needed; only the party's asker does."""
         with self._lock:
             if (party, rank) in self._wires:
                 return self._wires[party, rank]
-        wire = connect(self.door, party, rank, patient=True)
+        wire = self._make_wire(party, rank)
         with self._lock:
             self._wires[party, rank] = wire
         threading.Thread(target=self._read, args=(party, rank, wire), name="minillm receiver", daemon=True).start()
         return wire
 
-    def _read(self, party: int, rank: int, wire: Connection) -> None:
+    def _make_wire(self, party: int, rank: int) -> Wire:
+        """A new wire, and memory to share with who is there."""
+        link = connect(self.door, party, rank, patient=True)
+        name = f"{self.door.party}-{token_hex(8)}"
+        try:
+            room = Room(self.door.folder / name, make=True)
+        except OSError:  # such as no space there
+            return Wire(link, None)
+        say(link, "room", name=name)
+        return Wire(link, room)
+
+    def _read(self, party: int, rank: int, wire: Wire) -> None:
         """Take what comes from one rank, until it is gone; then all that was to come from there is missing."""
         try:
             while True:
                 self._take(party, rank, wire)
         except Exception:  # whatever it was, nothing more comes by this wire
-            wire.close()
+            wire.link.close()
         with self._lock:
             self._wires.pop((party, rank), None)
             broken = [n for n, coming in self._coming.items() if coming.party == party and rank in coming.routes]
         for transfer in broken:
             self._over(transfer, False)
 
-    def _take(self, party: int, rank: int, wire: Connection) -> None:
-        head = json.loads(wire.recv_bytes())
-        transfer, places = head["transfer"], head["places"]
-        keys = self.cache.keys
+    def _take(self, party: int, rank: int, wire: Wire) -> None:
+        """Take a part: from the slot that it lies in, or from the link."""
+        head = json.loads(wire.link.recv_bytes())
+        slot = head.get("slot")
         with self._lock:
-            coming = self._coming.get(transfer)
-        if coming is None:  # given up meanwhile
-            wire.recv_bytes()
-            return
+            coming = self._coming.get(head["transfer"])
+        if coming is not None:
+            self._put(head, coming, rank, wire)
+        elif slot is None:  # given up meanwhile
+            wire.link.recv_bytes()
+        if slot is not None:
+            wire.say("free", slot=slot)
+
+    def _put(self, head: dict[str, Any], coming: Coming, rank: int, wire: Wire) -> None:
+        """Write a part where it belongs, if it is still wanted."""
+        transfer, places, keys = head["transfer"], head["places"], self.cache.keys
         route, count = coming.routes[rank], head["layers"][1] - head["layers"][0]
-        came = recv_tensor(wire, (2, count, len(places), len(route.heads), *keys.shape[3:]), keys.dtype, keys.device)
+        shape = (2, count, len(places), len(route.heads), *keys.shape[3:])
+        if "slot" in head:
+            assert wire.room is not None
+            came = wire.room.view(head["slot"], shape, keys.dtype).to(keys.device)
+        else:
+            came = recv_tensor(wire.link, shape, keys.dtype, keys.device)
         with self._lock:
             if transfer not in self._coming:
                 return

@@ -11,18 +11,22 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from minillm.disagg.room import SLOT_BYTES, Room
 from minillm.kv.paged import PagedCache
 from minillm.parallel.desk import hang_up
 from minillm.parallel.door import say, send_tensor
 from minillm.policy.batch import Batch, Chunk
 
-PART_BYTES = 4 << 20  # at most in one message, unless a layer takes more
+PART_BYTES = SLOT_BYTES  # at most in one message, unless a layer takes more
 
 
 @dataclass
@@ -87,6 +91,7 @@ class Sender:
         self.cache, self.layerwise, self.gbits = cache, layerwise, gbits
         self.prompts: dict[int, Progress] = {}  # by reading
         self.sent: deque[Sent] = deque()  # until somebody takes them
+        self.rooms: dict[Connection, Room] = {}  # memory that is shared with who is at a link
         self._wanted: dict[Connection, list[Wanted]] = {}
         self._news = threading.Condition()
         self._card = threading.Lock()  # all links of a rank share its network card,
@@ -123,8 +128,15 @@ class Sender:
             self._wanted[link].append(wanted)
             self._news.notify_all()
 
+    def share(self, link: Connection, path: Path) -> None:
+        """Whoever is at this link has made a room, here; where that cannot be opened parts go through the link."""
+        with suppress(OSError):
+            self.rooms[link] = Room(path, make=False)
+
     def forget(self, link: Connection, transfer: int | None = None) -> None:
         """It is not wanted any more, or whoever is at this link wants nothing."""
+        if transfer is None and link in self.rooms:
+            self.rooms.pop(link).close()
         with self._news:
             if transfer is None:
                 self._wanted.pop(link, None)
@@ -204,11 +216,20 @@ class Sender:
             return 0
         layers, heads = slice(part.begin, part.end), slice(*part.wanted.heads)
         with torch.inference_mode():
-            out = torch.stack([each[layers, part.blocks, heads] for each in (self.cache.keys, self.cache.values)])
+            both = [each[layers, part.blocks, heads] for each in (self.cache.keys, self.cache.values)]
+        count = 2 * both[0].nbytes
         if self.gbits is not None:
-            self._take_turn(out.nbytes)
-        say(link, "part", transfer=part.wanted.transfer, layers=[part.begin, part.end], places=part.places)
-        return send_tensor(link, out)
+            self._take_turn(count)
+        about: dict[str, Any] = {"layers": [part.begin, part.end], "places": part.places}
+        room = self.rooms.get(link)
+        if room is None or count > SLOT_BYTES:
+            say(link, "part", transfer=part.wanted.transfer, **about)
+            return send_tensor(link, torch.stack(both))
+        slot = room.take()
+        for mine, there in zip(both, room.view(slot, (2, *both[0].shape), both[0].dtype)):
+            there.copy_(mine)
+        say(link, "part", transfer=part.wanted.transfer, slot=slot, **about)
+        return count
 
     def _take_turn(self, count: int) -> None:
         """Wait as long as the rank's network card, if it were as slow as `gbits`, would take for this and what came before."""

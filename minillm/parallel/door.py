@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import tempfile
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ class House:
 
     def __init__(self, equip: Callable[[Any, Any, int, Door], None]) -> None:
         self._equip = equip
-        self._folder = tempfile.TemporaryDirectory(prefix="minillm-")  # only this user may enter
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where files take no disk
+        self._folder = tempfile.TemporaryDirectory(prefix="minillm-", dir=memory)  # only this user may enter
         self._key = secrets.token_bytes(32)
         self._parties = count()
 
