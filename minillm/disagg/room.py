@@ -27,8 +27,11 @@ class Room:
         file = os.open(path, flags, 0o600)
         try:
             if make:
-                os.ftruncate(file, SLOTS * SLOT_BYTES)
+                _reserve(file, SLOTS * SLOT_BYTES)
             self._memory = mmap.mmap(file, SLOTS * SLOT_BYTES)
+        except OSError:
+            make = False  # it is of no use to anybody
+            raise
         finally:
             os.close(file)
             if not make:
@@ -64,3 +67,11 @@ class Room:
         with self._news:
             self._closed = True
             self._news.notify_all()
+
+
+def _reserve(file: int, count: int) -> None:
+    """Let a file have so many bytes, and the memory for them: where there is none, writing would end the process. Raises `OSError`."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, count)
+    else:
+        os.ftruncate(file, count)

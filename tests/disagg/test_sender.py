@@ -53,7 +53,7 @@ def test_parts_leave_when_they_are_computed(tmp_path: Path, shared: bool, layerw
     assert not there.poll(0.1) and not sender.rooms
 
 
-def test_a_room_has_so_many_slots_of_such_a_size(tmp_path: Path) -> None:
+def test_a_room_has_so_many_slots_of_such_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = Room(tmp_path / "room", make=True)
     with pytest.raises(ValueError, match="has no room for"):
         room.view(0, (SLOT_BYTES // 4 + 1,), torch.float32)
@@ -65,6 +65,10 @@ def test_a_room_has_so_many_slots_of_such_a_size(tmp_path: Path) -> None:
     room.close()
     with pytest.raises(OSError, match="nobody reads"):
         room.take()
+    monkeypatch.setattr("minillm.disagg.room.SLOT_BYTES", 1 << 60)
+    with pytest.raises(OSError):
+        Room(tmp_path / "large", make=True)
+    assert not (tmp_path / "large").exists(), "no room, and nothing left of the attempt"
     with pytest.raises(FileExistsError):
         Room(tmp_path / "room", make=True)
     with pytest.raises(FileNotFoundError):
