@@ -29,10 +29,10 @@ from minillm.model.sampling import SamplingParams
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import check_names, load_weights
 from minillm.parallel.data import Replicas
+from minillm.parallel.errands import place_experts, score
 from minillm.parallel.hybrid import fill
 from minillm.parallel.instance import Instance, check_placements, start_pools, start_replicas, tallied
 from minillm.parallel.layout import Layout
-from minillm.parallel.member import place_experts, score
 from minillm.parallel.remote import RemoteEngine
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.experts import Placement

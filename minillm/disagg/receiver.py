@@ -30,7 +30,6 @@ class Coming:
     pool), and what is `missing`, counted in blocks of one head of one layer.
     """
 
-    request_id: int
     party: int
     routes: dict[int, Route]
     first_layers: dict[int, int]
@@ -82,7 +81,7 @@ class Receiver:
         with self._lock:
             by_source = {route.source: route for route in routes}
             first_layers = {route.source: layer for route, (layer, _) in zip(routes, starts)}
-            self._coming[transfer] = Coming(request_id, party, by_source, first_layers, blocks, missing)
+            self._coming[transfer] = Coming(party, by_source, first_layers, blocks, missing)
             if party not in self._askers:  # one that does not answer keeps nobody else waiting
                 self._askers[party] = ThreadPoolExecutor(1, "minillm asker")
         if not missing:

@@ -19,8 +19,9 @@ import torch
 from minillm.model.config import ModelConfig
 from minillm.model.moe import Tally
 from minillm.parallel.door import House
+from minillm.parallel.errands import choices
 from minillm.parallel.layout import Layout
-from minillm.parallel.member import choices, close_engine, load, open_engine, unload
+from minillm.parallel.member import close_engine, load, open_engine, unload
 from minillm.parallel.messages import Loaded
 from minillm.parallel.sharing import SharedWeights, share_weights
 from minillm.policy.experts import Placement

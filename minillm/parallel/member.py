@@ -6,9 +6,7 @@ are posted to it, and reports what they give; where replicas share experts, so d
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +34,8 @@ from minillm.parallel.mesh import DeviceMesh
 from minillm.parallel.messages import Loaded, Message, Recording, Seen, Told, Turn
 from minillm.parallel.pipe import Pipe
 from minillm.parallel.pipeline import Stage
-from minillm.parallel.rebalance import rebalance
 from minillm.parallel.runner import PipelineRunner
 from minillm.parallel.sharing import SharedWeights
-from minillm.policy.batch import Batch, Chunk
-from minillm.policy.experts import Placement
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order
 from minillm.ranks.baton import Baton
@@ -119,7 +114,7 @@ def open_engine(instance: str, engine: int, options: EngineOptions, order: Order
     """Make an engine; returns how many blocks its KV cache has, which is what the rank with the least room has. With a door it works with
     other instances, equipped as the door says.
     """
-    here, member = context(), _member(instance)
+    here, member = context(), member_of(instance)
     close_engine(instance, engine)
     member.mail.pop(engine, None)  # of one with this number that was lost
     here.posts[:] = [(to, message) for to, message in here.posts if to != engine]
@@ -147,14 +142,14 @@ def lend(seat: Seat, member: Member, rank: int, door: Door) -> None:
 
 def close_engine(instance: str, engine: int) -> None:
     """Let go of an engine and its KV cache."""
-    seat = _member(instance).seats.pop(engine, None)
+    seat = member_of(instance).seats.pop(engine, None)
     if seat is not None and seat.outfit is not None:
         seat.outfit.close()
 
 
 def serve(instance: str, engine: int, recording: Recording) -> None:
     """Serve requests until there are none."""
-    here, member = context(), _member(instance)
+    here, member = context(), member_of(instance)
     seat = member.seats[engine]
     if member.pipe.tensor is not None:
         member.pipe.tensor.chunks = seat.options.sum_chunks
@@ -177,69 +172,6 @@ def serve(instance: str, engine: int, recording: Recording) -> None:
         if seat.stage.handover is not None:
             seat.stage.handover.record(seat.stage.recorder)
         _report(here, seat.stage.recorder)
-
-
-def score(instance: str, token_ids: list[int]) -> torch.Tensor | None:
-    """The logits after each token of a text [tokens, vocab], from the last stage; None from the others."""
-    member = _member(instance)
-    model, pipe = member.model, member.pipe
-    cache = PagedCache(model.config, 1, -(-len(token_ids) // pipe.spread), model.device, model.dtype)
-    batch = Batch((Chunk(0, 0, tuple(token_ids), tuple(range(pipe.spread))),))
-    with torch.inference_mode():
-        if pipe.context is not None:
-            return _score_with(pipe.context, pipe, model, batch, cache)
-        if pipe.stage == 0:
-            x = model.embed(batch)
-        else:
-            room = torch.empty(len(token_ids), model.config.hidden_size, dtype=model.dtype, device=model.device)
-            x = pipe.hidden.recv(room, pipe.stage - 1)
-        if pipe.experts is not None:
-            replicas = pipe.experts.comm.size // pipe.experts.alike
-            x = pipe.experts.through(model, x, batch, cache, [len(token_ids)] * replicas)  # all score the same text
-        else:
-            x = model.through(x, batch, cache)
-        if pipe.stage == pipe.last:
-            logits = model.logits(x, batch, every_row=True)
-            return pipe.tensor.whole(logits) if pipe.tensor else logits
-        pipe.hidden.send(x, pipe.stage + 1)
-        return None
-
-
-def _score_with(
-    spread: ContextGroup, pipe: Pipe, model: Decoder, batch: Batch, cache: PagedCache
-) -> torch.Tensor | None:
-    """`score` where several ranks share the KV cache."""
-    x, rows = None, len(spread.own(batch, cache.block_size))
-    if pipe.stage > 0:
-        room = torch.empty(rows, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        x = pipe.hidden.recv(room, pipe.stage - 1) if rows else room
-    last = pipe.stage == pipe.last
-    out = spread.forward(model, x, batch, cache, range(len(batch.token_ids)) if last else ())
-    if last:
-        return (pipe.tensor.whole(out) if pipe.tensor else out) if pipe.draws else None
-    if rows:
-        pipe.hidden.send(out, pipe.stage + 1)
-    return None
-
-
-def choices(instance: str, clear: bool) -> Tally | None:
-    """What the tokens of this rank's stage have chosen; None from ranks that have counted the same as another one."""
-    pipe, tally = _member(instance).pipe, _member(instance).tally
-    told = copy.deepcopy(tally)
-    if clear:
-        tally.clear()
-    return told if (pipe.experts.comm if pipe.experts else pipe.orders).rank == 0 else None
-
-
-def place_experts(instance: str, placements: Sequence[Placement], redundant: int) -> tuple[tuple[Placement, ...], int]:
-    """Place the experts of this rank's layers: as `placements` of all layers say or, without them, by what was chosen. Returns
-    those of the stage, and the bytes that left this rank.
-    """
-    member = _member(instance)
-    group = member.pipe.experts
-    assert group is not None
-    sent = rebalance(member.model, group, redundant, group.of_stage(placements))
-    return tuple(group.placements), sent
 
 
 def _lead(member: Member, number: int, here: RankContext) -> None:
@@ -321,5 +253,6 @@ def _report(here: RankContext, recorder: Recorder) -> None:
         trace.memory.clear()
 
 
-def _member(instance: str) -> Member:
+def member_of(instance: str) -> Member:
+    """What this rank holds of an instance."""
     return context().held[instance]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillm.engine.engine import Engine
 from minillm.engine.handing import Note
 from minillm.engine.intake import Intake
-from minillm.engine.request import Piece, number
+from minillm.engine.request import Piece, Request, number
 from minillm.model.sampling import SamplingParams
 from minillm.policy.loans import Heartbeat
 from minillm.policy.request import Load
@@ -72,6 +72,14 @@ class Added:
     handed: bool = False
     source: Source | None = None
 
+    @classmethod
+    def of(cls, request: Request) -> Added:
+        """What an engine needs to serve a request, or to go on with it."""
+        arrived_s, given = request.life.first(Event.ARRIVED), tuple(request.token_ids)
+        params = replace(request.params, seed=request.seed, n=1 if given else request.params.n)
+        moments = tuple(request.life.moments) if len(request.life.moments) > 1 else ()
+        return cls(request.request_id, request.index, request.prompt, params, request.scheduled.priority, arrived_s, given, request.sample, moments)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Told:
@@ -99,6 +107,21 @@ class Seen:
 
     spans: list[Span]
     memory: list[MemorySample]
+
+    def among_others(self, first_rank: int) -> Seen:
+        """The same with the numbers that the ranks have among all replicas, theirs being those from `first_rank` on."""
+        if not first_rank:
+            return self
+        return Seen(
+            [
+                replace(
+                    span, rank=span.rank + first_rank, peer=span.peer + first_rank if span.peer >= 0 else span.peer,
+                    group=f"{span.group} from {first_rank}" if span.group else "",  # replicas number theirs alike
+                )
+                for span in self.spans
+            ],
+            [replace(sample, rank=sample.rank + first_rank) for sample in self.memory],
+        )  # fmt: skip
 
 
 def add(each: list[Added]) -> Message:

@@ -33,7 +33,6 @@ from minillm.ranks.errors import RankError
 from minillm.ranks.signals import uninterrupted
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
-from minillm.trace.trace import MemorySample
 
 WAIT_S = 0.05
 _numbers = count(1)  # of engines, unique in this process
@@ -141,7 +140,7 @@ class RemoteEngine:
             for each in [request] if request.token_ids else [request, *request.twins]:
                 self.requests[each.request_id] = each
                 each.life.rank = self.first_rank + leader
-            shares.setdefault(leader, []).append(replace(_added(request), handed=handed, source=source))
+            shares.setdefault(leader, []).append(replace(Added.of(request), handed=handed, source=source))
         with self._or_lost(RankError):
             if self._call is None:
                 self.instance.open(self.number, self.options, self.order, self.house)
@@ -281,10 +280,11 @@ class RemoteEngine:
     def _hear(self, rank: int, event: Any) -> None:
         """What a rank has to tell: spans and memory, or tokens."""
         if isinstance(event, Seen):
-            self.recorder.trace.memory.extend(self._placed(each) for each in event.memory)
-            for span in event.spans:
+            seen = event.among_others(self.first_rank)
+            self.recorder.trace.memory.extend(seen.memory)
+            for span in seen.spans:
                 try:
-                    self.recorder.add(self._placed(span))
+                    self.recorder.add(span)
                 except Exception as error:
                     self._trouble = error
             return
@@ -307,29 +307,8 @@ class RemoteEngine:
                 del self.requests[request.request_id]
                 self.router.ended(request.request_id)
 
-    def _placed(self, seen: Any) -> Any:
-        """A span or sample with the number that its rank has among all replicas."""
-        if not self.first_rank:
-            return seen
-        if isinstance(seen, MemorySample):
-            return replace(seen, rank=seen.rank + self.first_rank)
-        peer = seen.peer + self.first_rank if seen.peer >= 0 else seen.peer
-        group = f"{seen.group} from {self.first_rank}" if seen.group else ""  # replicas number theirs alike
-        return replace(seen, rank=seen.rank + self.first_rank, peer=peer, group=group)
-
     def _fail(self, requests: list[Request]) -> None:
         """Give up what was under way."""
         self.failed = frozenset(request.request_id for request in requests)
         for request in requests:
             request.fail(time.monotonic())
-
-
-def _added(request: Request) -> Added:
-    """What an engine needs to serve a request, or to go on with it."""
-    arrived_s, given = request.life.first(Event.ARRIVED), tuple(request.token_ids)
-    params = replace(request.params, seed=request.seed, n=1 if given else request.params.n)
-    moments = tuple(request.life.moments)
-    return Added(
-        request.request_id, request.index, request.prompt, params, request.scheduled.priority, arrived_s, given, request.sample,
-        moments if len(moments) > 1 else (),
-    )  # fmt: skip

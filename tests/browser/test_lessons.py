@@ -192,13 +192,18 @@ def turn(page: Any, label: str, *values: str) -> Any:
     return card
 
 
-def guess_a_factor(page: Any, ask: Any, share: float, how: str = "Measured") -> None:
-    """Guess at a share of the axis; the measurement shows then, with its picture, and not before."""
-    assert how not in ask.first.inner_text() + ask.last.inner_text()
+def guess_a_number(page: Any, ask: Any, share: float, unit: str, how: str = "Measured") -> None:
+    """Guess at a share of the axis; the measurement, in this unit, shows then."""
     area = ask.first.locator(".minillm-guess-axis").bounding_box()
     page.mouse.click(area["x"] + area["width"] * share, area["y"] + 40)
     ask.first.locator("button", has_text="That is my guess").click()
-    assert re.search(rf"{how}: [\d.]+ ×\. You said", ask.last.inner_text())
+    assert re.search(rf"{how}: [\d.,]+ {unit}\. You said", ask.last.inner_text())
+
+
+def guess_a_factor(page: Any, ask: Any, share: float, how: str = "Measured") -> None:
+    """Guess at a share of the axis; the measurement shows then, with its picture, and not before."""
+    assert how not in ask.first.inner_text() + ask.last.inner_text()
+    guess_a_number(page, ask, share, "×", how)
     assert ask.last.locator("img").is_visible()
 
 
@@ -463,10 +468,7 @@ def test_lesson_12(browser: Any, lab: str) -> None:
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "12")
     ask = page.locator(".minillm-card", has_text="With borrowing: how many times as many tokens/s?")
-    area = ask.first.locator(".minillm-guess-axis").bounding_box()
-    page.mouse.click(area["x"] + area["width"] * 0.6, area["y"] + 40)
-    ask.first.locator("button", has_text="That is my guess").click()
-    assert re.search(r"Measured: [\d.]+ ×\. You said", ask.last.inner_text())
+    guess_a_number(page, ask, 0.6, "×")
     ask = page.locator(".minillm-card", has_text="gets requests of its own")
     ask.first.locator("button", has_text="called back").click()
     ask.first.locator("button", has_text="That is my guess").click()
@@ -483,10 +485,7 @@ def test_lesson_13(browser: Any, lab: str) -> None:
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "13")
     ask = page.locator(".minillm-card", has_text="the longest gap between two tokens")
-    area = ask.first.locator(".minillm-guess-axis").bounding_box()
-    page.mouse.click(area["x"] + area["width"] * 0.4, area["y"] + 40)
-    ask.first.locator("button", has_text="That is my guess").click()
-    assert re.search(r"Measured: [\d,.]+ ms\. You said", ask.last.inner_text())
+    guess_a_number(page, ask, 0.4, "ms")
     ask.last.screenshot(path=SHOTS / "13-stutter.png")
     plane = page.locator(".minillm-card", has_text="Click a way; drag the corner")
     plane.screenshot(path=SHOTS / "13-plane.png")

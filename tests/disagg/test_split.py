@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -15,7 +14,7 @@ import pytest
 from helpers import EXAMPLES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law, started
+from law import OPTIONS, WORK, check_law
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, SamplingParams
@@ -56,18 +55,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=4,
         max_position_embeddings=1024,
     )
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path) -> Iterator[LLM]:
-    with LLM(folder, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def several(folder: Path) -> Iterator[dict[str, LLM]]:
-    with started(folder) as llms:
-        yield llms
 
 
 def kv_bytes(llm: LLM, prompts: list[list[int]], block_size: int = 16) -> int:

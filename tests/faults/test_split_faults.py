@@ -7,7 +7,6 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +28,6 @@ WITHIN_S = 15.0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("faults"), max_position_embeddings=1024)
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path) -> Iterator[LLM]:
-    with LLM(folder, device="cpu") as llm:
-        yield llm
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))

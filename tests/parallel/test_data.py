@@ -7,14 +7,13 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import EXAMPLES, gone
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law, started
+from law import OPTIONS, WORK, check_law
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
@@ -42,19 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
         tmp_path_factory.mktemp("data"), num_hidden_layers=4, max_position_embeddings=4096, tie_word_embeddings=True
     )
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path) -> Iterator[LLM]:
-    with LLM(folder, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def several(folder: Path) -> Iterator[dict[str, LLM]]:
-    """Replicas of each layout, started when they are first asked for."""
-    with started(folder) as llms:
-        yield llms
 
 
 @settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)

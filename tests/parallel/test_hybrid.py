@@ -37,12 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> Iterator[LLM]:
-    with LLM(folder, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, list[Ranks]]]:
     """Warm ranks by the size of a replica."""
     made: dict[int, list[Ranks]] = {}

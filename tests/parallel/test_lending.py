@@ -7,7 +7,6 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from helpers import EXAMPLES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from law import OPTIONS, WORK, check_law, started
+from law import OPTIONS, WORK, check_law
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, SamplingParams
@@ -48,18 +47,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
         tmp_path_factory.mktemp("lending"), num_hidden_layers=3, max_position_embeddings=4096, tie_word_embeddings=True
     )
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path) -> Iterator[LLM]:
-    with LLM(folder, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def several(folder: Path) -> Iterator[dict[str, LLM]]:
-    with started(folder) as llms:
-        yield llms
 
 
 def books(instance: str, engine: int) -> tuple[int, int, dict[int, list[int]]] | None:

@@ -33,13 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> Iterator[LLM]:
-    """One device."""
-    with LLM(folder, device="cpu") as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
 def pipes(folder: Path) -> Iterator[dict[str, LLM]]:
     """A pipeline of each layout, started when it is first asked for."""
     with started(folder) as llms:
