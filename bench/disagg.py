@@ -3,20 +3,27 @@ prompts, in turns; what of a transfer is seen on a slow link; tokens over pairs 
 
 Writes bench/results/disagg.json.
 
-    python bench/disagg.py [interference] [transfer] [law]
+    python bench/disagg.py [interference] [transfer] [wire] [law]
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from harness import run_parts
+import torch
+from harness import ratio, run_parts, summary
 
-from minillm import LLM, EngineOptions, SamplingParams
+from minillm import LLM, EngineOptions, Ranks, SamplingParams, context
+from minillm.disagg.room import Room
 from minillm.load import drive
+from minillm.parallel.door import recv_tensor, send_tensor
 from minillm.policy.options import TRANSFERS
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.metrics import percentile
@@ -24,6 +31,8 @@ from minillm.trace.workload import Arrival
 
 ROUNDS = 5
 POOL = EngineOptions(num_blocks=256, max_running=16, max_step_tokens=512)
+PART = (2, 5, 25, 3, 16, 64)  # K and V, layers, blocks, heads, tokens, numbers
+PART_BYTES = 4 * 2 * 5 * 25 * 3 * 16 * 64
 SHORT, LONG = (16, 40), (480, 2)  # tokens in and out
 WAYS = {
     "colocated": ("dp=2", {"chunked_prefill": False}),
@@ -173,5 +182,55 @@ def law(one: LLM) -> dict[str, Any]:
     }
 
 
+def wire(one: LLM) -> dict[str, Any]:
+    """A part of a cache, 3 MB in 25 scattered blocks of 5 layers, from one process's cache to another's: by a socket, and by memory
+    that both share, in turns.
+    """
+    with TemporaryDirectory(dir="/dev/shm") as folder, Ranks(2, device="cpu") as ranks:
+        seconds = ranks.run(_both_ends, Path(folder))[0]
+    return {
+        "ms": {name: summary(times) for name, times in seconds.items()},
+        "GB/s": {name: PART_BYTES / median(times) / 1e9 for name, times in seconds.items()},
+        "memory over socket": ratio(seconds["socket"], seconds["memory"]),
+    }
+
+
+def _both_ends(folder: Path) -> dict[str, list[float]]:
+    """Rank 0 sends, rank 1 writes into its cache and says so."""
+    sends, blocks, seconds = context().rank == 0, list(range(20, 45)), {"socket": [], "memory": []}
+    keys, values = torch.randn(2, 30, 64, 3, 16, 64)
+    context().comm().all_reduce(torch.zeros(1))
+    if sends:
+        room, listener = Room(folder / "room", make=True), Listener(str(folder / "wire"), "AF_UNIX")
+        context().comm().all_reduce(torch.zeros(1))
+        link = listener.accept()
+    else:
+        context().comm().all_reduce(torch.zeros(1))
+        room, link = Room(folder / "room", make=False), Client(str(folder / "wire"), "AF_UNIX")
+    for number in range(41):
+        for way, times in seconds.items():
+            began = time.perf_counter()
+            if sends:
+                both = [each[:5, blocks] for each in (keys, values)]
+                if way == "socket":
+                    send_tensor(link, torch.stack(both))
+                else:
+                    for mine, there in zip(both, room.view(0, PART, torch.float32)):
+                        there.copy_(mine)
+                    link.send_bytes(b"0")
+                link.recv_bytes()
+            else:
+                if way == "socket":
+                    came = recv_tensor(link, PART, torch.float32, keys.device)
+                else:
+                    link.recv_bytes()
+                    came = room.view(0, PART, torch.float32)
+                keys[:5, blocks], values[:5, blocks] = came
+                link.send_bytes(b"0")
+            if number:
+                times.append(time.perf_counter() - began)
+    return seconds
+
+
 if __name__ == "__main__":
-    run_parts("disagg", {"interference": interference, "transfer": transfer, "law": law})
+    run_parts("disagg", {"interference": interference, "transfer": transfer, "wire": wire, "law": law})
