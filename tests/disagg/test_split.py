@@ -321,3 +321,18 @@ def test_who_has_the_cache_but_no_token_computes_it_when_prefill_is_lost() -> No
     handing.go_on_alone(0)
     (chunk,) = scheduler.schedule(1.0).chunks
     assert (chunk.start, chunk.token_ids) == (0, (1, 2, 3, 4, 5)) and courier.stopped == [0]
+
+
+def test_an_instance_of_another_layout_reads_prompts(one: LLM, folder: Path) -> None:
+    """README's example: one of two pipelines that decode becomes a reader beside tp=2, while requests run."""
+    expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
+    with LLM(folder, "prefill=1xtp=2,decode=2xpp=2", device="cpu", options=SMALL) as llm:
+        requests = llm.prepare(PROMPTS, PARAMS)
+        llm.submit(requests)
+        llm.engine.flip(1, Role.PREFILL)
+        while llm.engine.requests:
+            llm.step()
+        assert [each.token_ids for each in requests] == expected
+        assert llm.engine.dispatcher.roles == [Role.PREFILL, Role.PREFILL, Role.DECODE]
+        assert [each.token_ids for each in llm.generate(PROMPTS, PARAMS)] == expected
+        assert {span.rank for span in llm.trace.spans if span.name == "KV cache"} > {0, 1}, "the new reader sends, too"
