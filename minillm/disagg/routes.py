@@ -17,8 +17,9 @@ from minillm.parallel.shards import Shard
 
 @dataclass(frozen=True)
 class Route:
-    """What rank `source` sends to rank `target`: `layers` and KV `heads` that both hold. Of a sequence's blocks those that lie on the
-    source's place of its context parallel line, (place, ranks), and come to lie on the target's.
+    """What rank `source` sends to rank `target`: `layers` and KV `heads` that both hold. Of a
+    sequence's blocks those that lie on the source's place of its context parallel line, (place, ranks),
+    and come to lie on the target's.
     """
 
     source: int
@@ -28,18 +29,21 @@ class Route:
     source_place: tuple[int, int] = (0, 1)
     target_place: tuple[int, int] = (0, 1)
 
-    def pairs(self, source_blocks: Sequence[int], target_blocks: Sequence[int]) -> list[tuple[int, int]]:
-        """Which of the source rank's own blocks go to which of the target rank's, of a sequence with these block tables."""
+    def pairs(self, sources: Sequence[int], targets: Sequence[int]) -> list[tuple[int, int]]:
+        """Which of the source rank's own blocks go to which of the target rank's, of a sequence with
+        these block tables.
+        """
         (here, ranks_here), (there, ranks_there) = self.source_place, self.target_place
         return [
             (old // ranks_here, new // ranks_there)
-            for old, new in zip(source_blocks, target_blocks, strict=True)
+            for old, new in zip(sources, targets, strict=True)
             if old % ranks_here == here and new % ranks_there == there
         ]
 
     def bytes_of(self, blocks: int, block_size: int, head_dim: int, element_bytes: int) -> int:
         """What so many blocks take on this route: K and V of its layers and heads."""
-        return 2 * len(self.layers) * len(self.heads) * blocks * block_size * head_dim * element_bytes
+        numbers = len(self.layers) * len(self.heads) * blocks * block_size * head_dim
+        return 2 * numbers * element_bytes
 
 
 def routes_between(config: ModelConfig, source: Layout, target: Layout) -> list[Route]:

@@ -117,7 +117,7 @@ class Dispatcher:
         return self.free(request_id)
 
     def free(self, request_id: int) -> int | None:
-        """Who may forget a request, because its first token is known and its cache is where it goes on."""
+        """Who may forget a request: its first token is known, and its cache is where it goes on."""
         way = self.ways[request_id]
         return self.alone(request_id) if way.read and way.came else None
 
