@@ -37,7 +37,7 @@ test: setup-test
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check minillm tests images bench notebooks/*.py
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q -rs tests
+	@$(BIN)/python -m pytest -q -rs -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true tests
 	@$(BIN)/python -m pytest -q --nbval --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider notebooks
 
 soak: setup-test

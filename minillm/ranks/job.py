@@ -190,7 +190,9 @@ class Job:
             self._note_failure()
         settled = self._settled()
         if self.failed_at is not None:
-            return self._after_failure(now, settled)
+            verdict = self._after_failure(now, settled)
+            if verdict is not None or now - self.failed_at < GRACE_S + self.timeout_s:
+                return verdict  # what seemed to be a failure, and was none, must not keep us from seeing who is late
         if stuck_ranks(self.ranks) and settled:
             return find_fault(self.ranks)
         return self._too_slow(now) or self._late(now) or self._unwatched(now)

@@ -350,3 +350,11 @@ def test_a_call_has_a_limit_if_its_caller_wants_one(ranks2: Ranks) -> None:
     assert "while True" in str(caught.value) or "pass" in str(caught.value)
     assert gone(pids)
     assert ranks2.run(total, limit_s=30) == [1.0, 1.0]
+
+
+def test_what_only_seemed_a_failure_hides_nobody_who_is_late(ranks2: Ranks) -> None:
+    call = ranks2.begin(lambda: dist.barrier() if dist.get_rank() else time.sleep(60))
+    call._job._note_failure()
+    with pytest.raises(RankError) as caught:
+        call.result()
+    assert caught.value.fault is Fault.LATE and caught.value.ranks == [0]
