@@ -21,6 +21,7 @@ import torch
 from harness import ratio, run_parts, summary
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams, context
+from minillm.disagg.pair import RECEIVER, SENDER, Pair
 from minillm.disagg.room import Room
 from minillm.load import drive
 from minillm.parallel.door import recv_tensor, send_tensor
@@ -183,8 +184,8 @@ def law(one: LLM) -> dict[str, Any]:
 
 
 def wire(one: LLM) -> dict[str, Any]:
-    """A part of a cache, 3 MB in 25 scattered blocks of 5 layers, from one process's cache to another's: by a socket, and by memory
-    that both share, in turns.
+    """A part of a cache, 3 MB in 25 scattered blocks of 5 layers, from one process's cache to another's: by a socket, by a process
+    group of the two (gloo), and by memory that both share, in turns.
     """
     with TemporaryDirectory(dir="/dev/shm") as folder, Ranks(2, device="cpu") as ranks:
         seconds = ranks.run(_both_ends, Path(folder))[0]
@@ -192,12 +193,14 @@ def wire(one: LLM) -> dict[str, Any]:
         "ms": {name: summary(times) for name, times in seconds.items()},
         "GB/s": {name: PART_BYTES / median(times) / 1e9 for name, times in seconds.items()},
         "memory over socket": ratio(seconds["socket"], seconds["memory"]),
+        "memory over group": ratio(seconds["group"], seconds["memory"]),
     }
 
 
 def _both_ends(folder: Path) -> dict[str, list[float]]:
     """Rank 0 sends, rank 1 writes into its cache and says so."""
-    sends, blocks, seconds = context().rank == 0, list(range(20, 45)), {"socket": [], "memory": []}
+    sends, blocks, seconds = context().rank == 0, list(range(20, 45)), {"socket": [], "group": [], "memory": []}
+    pair = Pair(folder / "pair", SENDER if sends else RECEIVER, context().backend, torch.device("cpu"))
     keys, values = torch.randn(2, 30, 64, 3, 16, 64)
     context().comm().all_reduce(torch.zeros(1))
     if sends:
@@ -214,6 +217,8 @@ def _both_ends(folder: Path) -> dict[str, list[float]]:
                 both = [each[:5, blocks] for each in (keys, values)]
                 if way == "socket":
                     send_tensor(link, torch.stack(both))
+                elif way == "group":
+                    pair.send(torch.stack(both))
                 else:
                     for mine, there in zip(both, room.view(0, PART, torch.float32)):
                         there.copy_(mine)
@@ -222,6 +227,8 @@ def _both_ends(folder: Path) -> dict[str, list[float]]:
             else:
                 if way == "socket":
                     came = recv_tensor(link, PART, torch.float32, keys.device)
+                elif way == "group":
+                    came = pair.recv(PART_BYTES // 4, torch.float32).view(PART)
                 else:
                     link.recv_bytes()
                     came = room.view(0, PART, torch.float32)

@@ -162,6 +162,9 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument(
         "--kv-transfer", default="layer", help="from prefill to decode instances: whole, chunk or layer (default)"
     )
+    options.add_argument(
+        "--kv-wire", default="memory", help="it goes by memory that ranks share (default), or by a process group of two"
+    )
     options.add_argument("--link-gbits", type=float, metavar="X", help="slow each rank's link to so many Gbit/s")
 
 

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from minillm.disagg.pair import SENDER, Pair
 from minillm.disagg.receiver import Receiver, Stub
 from minillm.disagg.routes import Route, routes_between
 from minillm.disagg.sender import Sender, Wanted
@@ -32,6 +33,7 @@ from minillm.parallel.pipeline import Elsewhere
 from minillm.parallel.shards import Shard
 from minillm.policy.batch import Batch
 from minillm.policy.options import EngineOptions
+from minillm.ranks.membership import context
 from minillm.trace.recorder import Recorder
 from minillm.trace.replay import WIRE
 from minillm.trace.trace import Kind, Span
@@ -49,7 +51,9 @@ class Handover(Desk):
         line = (layout.coordinates(rank)["cp"], layout.cp)
         self.door, self.rank, self.layout, self.config = door, rank, layout, config
         self.sender = Sender(cache, options.kv_transfer == "layer", options.link_gbits)
-        self.receiver = Receiver(door, cache, Stub(shard.layers.start, shard.kv_heads.start, line), self._over)
+        self.backend = context().backend
+        stub = Stub(shard.layers.start, shard.kv_heads.start, line)
+        self.receiver = Receiver(door, cache, stub, self._over, self.backend if options.kv_wire == "group" else None)
         self.leader: Leader | None = None
         self._routes: dict[
             str, tuple[list[Route], list[tuple[int, int]]]
@@ -82,6 +86,9 @@ class Handover(Desk):
             self.sender.want(link, Wanted(**message, **places))  # type: ignore[arg-type]
         elif what == "room":
             self.sender.share(link, self.door.folder / Path(message["name"]).name)
+        elif what == "pair":
+            path = self.door.folder / Path(message["name"]).name
+            self.sender.pairs[link] = Pair(path, SENDER, self.backend, self.sender.cache.keys.device)
         elif what == "free":
             self.sender.rooms[link].give(message["slot"])
         elif what == "unwant":

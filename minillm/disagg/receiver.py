@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from minillm.disagg.pair import RECEIVER, Pair
 from minillm.disagg.room import Room
 from minillm.disagg.routes import Route
 from minillm.kv.paged import PagedCache
 from minillm.parallel.desk import hang_up
 from minillm.parallel.door import Door, LinkLost, recv_tensor, say
 from minillm.parallel.links import connect
+from minillm.ranks.backend import Backend
 
 
 @dataclass
@@ -39,10 +41,13 @@ class Coming:
 
 @dataclass
 class Wire:
-    """A link to a rank of another instance, on which one thread speaks at a time, and memory shared with that rank, if there is some."""
+    """A link to a rank of another instance, on which one thread speaks at a time, and what parts come by if not by the link itself:
+    memory shared with that rank, or a process group with it.
+    """
 
     link: Connection
-    room: Room | None
+    room: Room | None = None
+    pair: Pair | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, what: str, **details: Any) -> None:
@@ -62,11 +67,13 @@ class Stub:
 
 class Receiver:
     """What one rank receives. `tell(transfer, came)` hears when a transfer is over, on a thread of its own: all of it came, or its
-    source is gone.
+    source is gone. With a `backend`, parts come by process groups.
     """
 
-    def __init__(self, door: Door, cache: PagedCache, stub: Stub, tell: Callable[[int, bool], None]) -> None:
-        self.door, self.cache, self.stub, self.tell = door, cache, stub, tell
+    def __init__(
+        self, door: Door, cache: PagedCache, stub: Stub, tell: Callable[[int, bool], None], backend: Backend | None
+    ) -> None:
+        self.door, self.cache, self.stub, self.tell, self.backend = door, cache, stub, tell, backend
         self._coming: dict[int, Coming] = {}
         self._lock = threading.RLock()
         self._wires: dict[tuple[int, int], Wire] = {}
@@ -148,13 +155,16 @@ class Receiver:
         return wire
 
     def _make_wire(self, party: int, rank: int) -> Wire:
-        """A new wire, and memory to share with who is there."""
+        """A new wire, and memory to share with who is there, or a process group with it."""
         link = connect(self.door, party, rank, patient=True)
         name = f"{self.door.party}-{token_hex(8)}"
+        if self.backend is not None:
+            say(link, "pair", name=name)
+            return Wire(link, pair=Pair(self.door.folder / name, RECEIVER, self.backend, self.cache.keys.device))
         try:
             room = Room(self.door.folder / name, make=True)
         except OSError:  # such as no space there
-            return Wire(link, None)
+            return Wire(link)
         say(link, "room", name=name)
         return Wire(link, room)
 
@@ -172,24 +182,28 @@ class Receiver:
             self._over(transfer, False)
 
     def _take(self, party: int, rank: int, wire: Wire) -> None:
-        """Take a part: from the slot that it lies in, or from the link."""
+        """Take a part: from the slot that it lies in, from the process group, or from the link."""
         head = json.loads(wire.link.recv_bytes())
-        slot = head.get("slot")
+        slot, by_group = head.get("slot"), None
+        if wire.pair is not None:
+            by_group = wire.pair.recv(head["numbers"], self.cache.keys.dtype)
         with self._lock:
             coming = self._coming.get(head["transfer"])
         if coming is not None:
-            self._put(head, coming, rank, wire)
-        elif slot is None:  # given up meanwhile
+            self._put(head, coming, rank, wire, by_group)
+        elif slot is None and by_group is None:  # given up meanwhile
             wire.link.recv_bytes()
         if slot is not None:
             wire.say("free", slot=slot)
 
-    def _put(self, head: dict[str, Any], coming: Coming, rank: int, wire: Wire) -> None:
+    def _put(self, head: dict[str, Any], coming: Coming, rank: int, wire: Wire, by_group: torch.Tensor | None) -> None:
         """Write a part where it belongs, if it is still wanted."""
         transfer, places, keys = head["transfer"], head["places"], self.cache.keys
         route, count = coming.routes[rank], head["layers"][1] - head["layers"][0]
         shape = (2, count, len(places), len(route.heads), *keys.shape[3:])
-        if "slot" in head:
+        if by_group is not None:
+            came = by_group.view(shape).to(keys.device)
+        elif "slot" in head:
             assert wire.room is not None
             came = wire.room.view(head["slot"], shape, keys.dtype).to(keys.device)
         else:

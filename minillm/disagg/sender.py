@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from minillm.disagg.pair import Pair
 from minillm.disagg.room import SLOT_BYTES, Room
 from minillm.kv.paged import PagedCache
 from minillm.parallel.desk import hang_up
@@ -92,6 +93,7 @@ class Sender:
         self.prompts: dict[int, Progress] = {}  # by reading
         self.sent: deque[Sent] = deque()  # until somebody takes them
         self.rooms: dict[Connection, Room] = {}  # memory that is shared with who is at a link
+        self.pairs: dict[Connection, Pair] = {}  # or a process group with it
         self._wanted: dict[Connection, list[Wanted]] = {}
         self._news = threading.Condition()
         self._card = threading.Lock()  # all links of a rank share its network card,
@@ -135,8 +137,10 @@ class Sender:
 
     def forget(self, link: Connection, transfer: int | None = None) -> None:
         """It is not wanted any more, or whoever is at this link wants nothing."""
-        if transfer is None and link in self.rooms:
-            self.rooms.pop(link).close()
+        if transfer is None:
+            self.pairs.pop(link, None)
+            if link in self.rooms:
+                self.rooms.pop(link).close()
         with self._news:
             if transfer is None:
                 self._wanted.pop(link, None)
@@ -221,14 +225,19 @@ class Sender:
         if self.gbits is not None:
             self._take_turn(count)
         about: dict[str, Any] = {"layers": [part.begin, part.end], "places": part.places}
-        room = self.rooms.get(link)
-        if room is None or count > SLOT_BYTES:
-            say(link, "part", transfer=part.wanted.transfer, **about)
-            return send_tensor(link, torch.stack(both))
-        slot = room.take()
-        for mine, there in zip(both, room.view(slot, (2, *both[0].shape), both[0].dtype)):
-            there.copy_(mine)
-        say(link, "part", transfer=part.wanted.transfer, slot=slot, **about)
+        about |= {"transfer": part.wanted.transfer}
+        room, pair = self.rooms.get(link), self.pairs.get(link)
+        if pair is not None:
+            say(link, "part", numbers=2 * both[0].numel(), **about)
+            pair.send(torch.stack(both))
+        elif room is None or count > SLOT_BYTES:
+            say(link, "part", **about)
+            send_tensor(link, torch.stack(both))
+        else:
+            slot = room.take()
+            for mine, there in zip(both, room.view(slot, (2, *both[0].shape), both[0].dtype)):
+                there.copy_(mine)
+            say(link, "part", slot=slot, **about)
         return count
 
     def _take_turn(self, count: int) -> None:

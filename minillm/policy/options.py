@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 TRANSFERS = ("whole", "chunk", "layer")
+WIRES = ("memory", "group")
+WORDS = {"kv_transfer": TRANSFERS, "kv_wire": WIRES}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class EngineOptions:
     `micro_batches` 2 computes one half of a step's tokens while the other half's are under way; every `rebalance_steps` steps
     (None: never) they are placed anew by what was chosen, with `redundant_experts` copies in each layer of those chosen most.
     Between prefill and decode instances K and V move `kv_transfer` "whole" once the prompt is read, or early, "chunk" by chunk or
-    "layer" by layer, while it is; links are slowed to `link_gbits` Gbit/s a rank (None: as fast as they are).
+    "layer" by layer, while it is, through `kv_wire` "memory" that two ranks of a host share, or "group", a process group of the two
+    (gloo, NCCL); links are slowed to `link_gbits` Gbit/s a rank (None: as fast as they are).
     Replicas that borrow lend at most `most_lent` blocks each (None: all that are free), and move `move_blocks` of a request in a step.
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
@@ -43,6 +46,7 @@ class EngineOptions:
     most_lent: int | None = None
     move_blocks: int = 1
     kv_transfer: str = "layer"
+    kv_wire: str = "memory"
     link_gbits: float | None = None
     continuous: bool = True
     chunked_prefill: bool = True
@@ -55,9 +59,9 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), int(field.name not in ("redundant_experts", "most_lent"))
-            if field.name == "kv_transfer":
-                if value not in TRANSFERS:
-                    raise ValueError(f"kv_transfer={value!r}: give one of {', '.join(TRANSFERS)}")
+            if field.name in WORDS:
+                if value not in WORDS[field.name]:
+                    raise ValueError(f"{field.name}={value!r}: give one of {', '.join(WORDS[field.name])}")
             elif field.name == "link_gbits":
                 if value is not None and (
                     not isinstance(value, int | float) or isinstance(value, bool) or not value > 0

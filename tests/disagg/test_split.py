@@ -6,6 +6,7 @@ import stat
 import time
 from collections import deque
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from queue import Queue
 from unittest.mock import Mock
@@ -23,7 +24,7 @@ from minillm.engine.request import Request
 from minillm.parallel.links import connect
 from minillm.policy.blocks import BlockPool
 from minillm.policy.handing import Role
-from minillm.policy.options import TRANSFERS
+from minillm.policy.options import TRANSFERS, WIRES
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.serve.worker import Job, Worker
@@ -77,9 +78,9 @@ def copies(layout: str) -> int:
 def test_pairs_of_layouts(one: LLM, folder: Path, layout: str) -> None:
     expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
     with LLM(folder, layout, device="cpu", options=SMALL) as llm:
-        for transfer in TRANSFERS:
-            mode = llm.with_options(replace(SMALL, kv_transfer=transfer))
-            assert [each.token_ids for each in mode.generate(PROMPTS, PARAMS)] == expected, transfer
+        for transfer, wire in [*product(TRANSFERS, ["memory"]), ("layer", "group")]:
+            mode = llm.with_options(replace(SMALL, kv_transfer=transfer, kv_wire=wire))
+            assert [each.token_ids for each in mode.generate(PROMPTS, PARAMS)] == expected, (transfer, wire)
             assert moved(mode) == kv_bytes(llm, PROMPTS) * copies(layout)
             for life in mode.trace.lives:
                 assert {Event.TRANSFER, Event.CAME} <= {event for event, _ in life.moments}
@@ -88,11 +89,11 @@ def test_pairs_of_layouts(one: LLM, folder: Path, layout: str) -> None:
 
 
 @settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)
-@given(st.sampled_from(OFTEN), st.sampled_from(TRANSFERS), OPTIONS, WORK)
+@given(st.sampled_from(OFTEN), st.sampled_from(TRANSFERS), st.sampled_from(WIRES), OPTIONS, WORK)
 def test_tokens_are_those_of_one_device(
-    one: LLM, several: dict[str, LLM], layout: str, transfer: str, options: EngineOptions, work: list
+    one: LLM, several: dict[str, LLM], layout: str, transfer: str, wire: str, options: EngineOptions, work: list
 ) -> None:
-    check_law(one, several[layout], replace(options, kv_transfer=transfer), work)
+    check_law(one, several[layout], replace(options, kv_transfer=transfer, kv_wire=wire), work)
 
 
 def test_layers_leave_while_the_prompt_is_computed(folder: Path) -> None:
@@ -190,6 +191,7 @@ def test_bad_input_is_refused(several: dict[str, LLM], folder: Path) -> None:
         LLM(folder, OFTEN[0], device="cpu", options=EngineOptions(borrowing=True))
     for options, text in (
         ({"kv_transfer": "fast"}, "give one of whole, chunk, layer"),
+        ({"kv_wire": "post"}, "give one of memory, group"),
         ({"link_gbits": 0}, "a number above 0"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -249,11 +251,12 @@ def test_the_life_of_a_request_is_drawn(folder: Path) -> None:
         assert "its cache moves" in names
 
 
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("transfer", TRANSFERS)
-def test_what_was_told_of_a_request_is_not_taken_for_the_next_one_of_its_number(one: LLM, folder: Path, transfer: str) -> None:  # fmt: skip
+def test_what_was_told_of_a_request_is_not_taken_for_the_next_one_of_its_number(one: LLM, folder: Path, transfer: str, wire: str) -> None:  # fmt: skip
     """Streams are closed at any moment; the requests that follow count from 0 again."""
     expected = [each.token_ids for each in one.generate(PROMPTS, PARAMS)]
-    options = replace(SMALL, kv_transfer=transfer, link_gbits=0.02)
+    options = replace(SMALL, kv_transfer=transfer, kv_wire=wire, link_gbits=0.02)
     with LLM(folder, OFTEN[0], device="cpu", options=options) as llm:
         for pulls in range(8):
             requests = llm.prepare(PROMPTS[::-1], PARAMS)
