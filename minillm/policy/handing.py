@@ -154,6 +154,7 @@ class Dispatcher:
         for request_id in stranded.anew:
             self.ended(request_id)
         self._settle()
+        self._tell()
         return stranded
 
     def regain(self, instance: int) -> None:
@@ -176,6 +177,7 @@ class Dispatcher:
                 raise ValueError(f"instance {instance} is the last one for {self.roles[instance].value}: let it be")
             self.turning[instance] = role
         self._settle()
+        self._tell()
 
     def busy(self, instance: int) -> bool:
         """Whether a request is there."""
@@ -189,11 +191,11 @@ class Dispatcher:
 
     def _settle(self) -> None:
         """Let those turn who have nothing left to do."""
-        for instance, role in list(self.turning.items()):
-            if not self.busy(instance):
-                self.roles[instance] = role
-                del self.turning[instance]
-        self._tell()
+        turned = [instance for instance in self.turning if not self.busy(instance)]
+        for instance in turned:
+            self.roles[instance] = self.turning.pop(instance)
+        if turned:
+            self._tell()
 
     def _tell(self) -> None:
         """Let the routers know who is there for them."""

@@ -31,20 +31,29 @@ class Router:
         if not isinstance(replicas, int) or replicas < 1:
             raise ValueError(f"replicas={replicas!r}: give a whole number from 1")
         self.replicas = replicas
-        self.lost: set[int] = set()
+        self.lost = set()
         self.under_way: dict[int, Outstanding] = {}
         self.tokens = [0] * replicas  # outstanding on each
+
+    @property
+    def lost(self) -> set[int]:
+        """The replicas that are gone."""
+        return self._lost
+
+    @lost.setter
+    def lost(self, lost: set[int]) -> None:
+        self._lost = lost
+        self.present = [replica for replica in range(self.replicas) if replica not in lost]
 
     def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
         """The replica for a request that gives up to `most_new` tokens. Raises `LookupError` when all are lost, and
         `ValueError` when `prefer` names one that is not there.
         """
-        present = [replica for replica in range(self.replicas) if replica not in self.lost]
-        if not present:
+        if not self.present:
             raise LookupError("every replica is lost")
-        chosen = self.prefer(present, prompt)
-        if chosen not in present:
-            raise ValueError(f"the router chose replica {chosen!r}; there are {', '.join(map(str, present))}")
+        chosen = self.prefer(self.present, prompt)
+        if chosen in self.lost or chosen not in range(self.replicas):
+            raise ValueError(f"the router chose replica {chosen!r}; there are {', '.join(map(str, self.present))}")
         self.under_way[request_id] = Outstanding(chosen, len(prompt), most_new)
         self.tokens[chosen] += len(prompt) + most_new
         return chosen
@@ -68,7 +77,7 @@ class Router:
 
     def lose(self, replica: int) -> list[int]:
         """A replica is gone until `regain`; the requests that were on it, which nobody serves now."""
-        self.lost.add(replica)
+        self.lost = self.lost | {replica}
         stranded = [number for number, request in self.under_way.items() if request.replica == replica]
         for number in stranded:
             self.ended(number)
@@ -76,7 +85,7 @@ class Router:
 
     def regain(self, replica: int) -> None:
         """A replica is there again."""
-        self.lost.discard(replica)
+        self.lost = self.lost - {replica}
 
     def prefer(self, present: Sequence[int], prompt: Sequence[int]) -> int:
         """Which of the replicas that are present."""
@@ -97,7 +106,7 @@ class LeastTokens(Router):
     """Where the fewest tokens are outstanding: prompts to read and tokens to give. Of equals the first."""
 
     def prefer(self, present: Sequence[int], prompt: Sequence[int]) -> int:
-        return min(present, key=lambda replica: self.tokens[replica])
+        return min(present, key=self.tokens.__getitem__)
 
 
 class PrefixAware(Router):

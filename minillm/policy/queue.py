@@ -1,0 +1,75 @@
+"""Requests that wait for their prompts to be read, in the order of arrival, or sorted a window at a time (TetriInfer, Hu et al. 2024).
+
+Plain state machines. What waits is anything; the key says how it is sorted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+Waiting = TypeVar("Waiting")
+
+
+class Queue(Generic[Waiting]):
+    """First come, first served, but for those that were put back: they go first."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Waiting] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def push(self, one: Waiting) -> None:
+        """One more waits."""
+        self._waiting.append(one)
+
+    def put_back(self, one: Waiting) -> None:
+        """It has been served in part, and waits again."""
+        self._waiting.appendleft(one)
+
+    @property
+    def first(self) -> Waiting:
+        """Whose turn it is."""
+        return self._waiting[0]
+
+    def pop(self) -> Waiting:
+        """Serve it."""
+        return self._waiting.popleft()
+
+
+class Windowed(Queue[Waiting]):
+    """Up to `size` of those that wait are sorted by `key` at a time, and all of them are served before the next ones are looked at: nobody
+    waits for ever. (TetriInfer's prefill scheduler: by length the shortest first, or the longest.)
+    """
+
+    def __init__(self, key: Callable[[Waiting], Any], size: int = 16) -> None:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"size={size!r}: give a whole number from 1")
+        super().__init__()
+        self.key, self.size = key, size
+        self._window: deque[Waiting] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._window)
+
+    def __bool__(self) -> bool:
+        return bool(self._window or self._waiting)
+
+    def put_back(self, one: Waiting) -> None:
+        self._window.appendleft(one)
+
+    @property
+    def first(self) -> Waiting:
+        if not self._window:
+            some = [self._waiting.popleft() for _ in range(min(self.size, len(self._waiting)))]
+            self._window.extend(sorted(some, key=self.key))
+        return self._window[0]
+
+    def pop(self) -> Waiting:
+        assert self.first is self._window[0]
+        return self._window.popleft()

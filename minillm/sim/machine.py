@@ -1,0 +1,400 @@
+"""One machine of a simulated cluster: prompts that wait and are read, requests that decode, and the steps that it takes.
+
+It counts tokens where an engine's scheduler has block tables, so that a cluster of a thousand machines can be simulated; its steps are
+those of `policy/scheduler.py` with blocks of one token while the cache has room for what runs, which is tested. Steps that only decode
+are alike but for the growing context: it leaps over as many as nothing can happen in.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+from minillm.policy.queue import Queue
+from minillm.sim.clock import Clock
+from minillm.sim.costs import Costs
+from minillm.sim.task import Task
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`cache_tokens` fit its KV cache; a step takes at most `max_running` requests and `max_step_tokens` tokens.
+
+    Switches: `chunked` cuts prompts to the step's budget; `apart` reads prompts in steps of their own, first of all (vLLM before
+    chunked prefill; off: decodes go along); `reserve` keeps room for a request's longest length before it starts (off: for what it has, and
+    the last one is put back when room runs out).
+    """
+
+    cache_tokens: int
+    max_running: int = 256
+    max_step_tokens: int = 2048
+    chunked: bool = False
+    apart: bool = False
+    reserve: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("cache_tokens", "max_running", "max_step_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number from 1")
+
+
+class Owner(Protocol):
+    """Who hears what happens on a machine."""
+
+    def started(self, machine: Machine, task: Task) -> None: ...
+
+    def first(self, machine: Machine, task: Task) -> None: ...
+
+    def finished(self, machine: Machine, task: Task) -> None: ...
+
+    def has_room(self, machine: Machine, task: Task) -> None: ...
+
+    def idle(self, machine: Machine) -> None: ...
+
+
+@dataclass(slots=True)
+class Leap:
+    """Decode steps that are taken in one go: so many, from a second on; the first takes `base_s` and `slope_s` a token of context."""
+
+    began_s: float
+    steps: int
+    base_s: float
+    slope_s: float
+    batch: int
+    context: int
+
+    def run_s(self, steps: int) -> float:
+        """Seconds of its first steps, each reading a token more of every request."""
+        read = steps * (self.context + self.batch) + self.batch * steps * (steps - 1) // 2
+        return steps * self.base_s + self.slope_s * read
+
+    def step_under_way(self, now_s: float) -> int:
+        """The number of its step that ends at `now_s` or next."""
+        low, high = 1, self.steps
+        while low < high:
+            middle = (low + high) // 2
+            if self.began_s + self.run_s(middle) >= now_s:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+class Machine:
+    """Machine `number`. `admits(machine, task)` may hold back a request that is to come from elsewhere though it would fit."""
+
+    def __init__(
+        self,
+        number: int,
+        costs: Costs,
+        limits: Limits,
+        clock: Clock,
+        owner: Owner,
+        waiting: Queue[Task] | None = None,
+        admits: Callable[[Machine, Task], bool] | None = None,
+    ) -> None:
+        self.number, self.costs, self.limits, self.clock, self.owner = number, costs, limits, clock, owner
+        self.waiting: Queue[Task] = waiting if waiting is not None else Queue()
+        self.admits = admits or (lambda machine, task: True)
+        self.expected: deque[Task] = deque()  # they come from other machines, and wait for room here
+        self.reading: list[Task] = []  # prompts begun
+        self.batch = self.context = 0  # requests that decode, and their tokens in the cache
+        self.coming = 0  # requests with room here whose caches are on the way
+        self.used = 0  # tokens of the cache that are taken
+        self.busy_s = 0.0
+        self._joining: list[Task] = []
+        self._decoding: list[tuple[int, int, Task, int]] = []  # a heap: (last step, count, task, the step it joined after)
+        self._steps = 0  # decode steps so far
+        self._order = count()
+        self._busy = self._woken = False
+        self._leap: Leap | None = None
+        self._version = 0  # of the leap
+        self._gaps: tuple[list[int], list[float]] = ([], [])  # after which step, how long it took
+        self._stalled_s = 0.0  # prompts since the last decode step
+        self._fresh: list[Task] = []  # decode from the next step on
+        self._free_s = [0.0] * costs.stages  # when each stage is
+
+    def add(self, task: Task) -> None:
+        """A prompt is to be read here. Raises `ValueError` for one that can never be."""
+        self._check(task.longest)
+        self.waiting.push(task)
+        self._poke()
+
+    def expect(self, task: Task) -> None:
+        """A request whose cache is elsewhere is to go on here: its owner hears when there is room."""
+        self._check(task.goes_on)
+        self.expected.append(task)
+        self._poke()
+
+    def join(self, task: Task) -> None:
+        """The cache of a request that was expected is here: it decodes."""
+        task.handed = False
+        self.coming -= 1
+        self._joining.append(task)
+        self._poke()
+
+    def release(self, tokens: int) -> None:
+        """So many tokens that were kept for another machine are not needed any more."""
+        self.used -= tokens
+        self._poke()
+
+    @property
+    def decoding(self) -> list[tuple[Task, int]]:
+        """Who decodes, and how many tokens each has been given by now."""
+        return [(task, task.given + self._steps - joined) for _, _, task, joined in self._decoding]
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is here or on its way."""
+        return not (self.waiting or self.expected or self.reading or self.batch or self.coming or self._joining)
+
+    @property
+    def free(self) -> int:
+        """Tokens of the cache that are not taken, as of the last step's end."""
+        return self.limits.cache_tokens - self.used
+
+    def _check(self, tokens: int) -> None:
+        if tokens > self.limits.cache_tokens:
+            raise ValueError(
+                f"a request needs {tokens:,} tokens of KV cache, but machine {self.number} has room for "
+                f"{self.limits.cache_tokens:,}: leave it out, or take machines with more memory"
+            )
+
+    def _poke(self) -> None:
+        """Something has changed: begin a step, or let the steps that decode end early."""
+        if not self._busy:
+            if not self._woken:  # all that happens now happens before
+                self._woken = True
+                self.clock.at(self.clock.now_s, self._wake)
+        elif self._leap is not None and (self._joining or self._could_start()):
+            leap = self._leap
+            steps = leap.step_under_way(self.clock.now_s)
+            if steps < leap.steps:
+                leap.steps = steps
+                self._version += 1
+                self.clock.at(leap.began_s + leap.run_s(steps), self._leap_over, self._version)
+
+    def _wake(self) -> None:
+        self._woken = False
+        if not self._busy:
+            self._begin()
+
+    def _could_start(self) -> bool:
+        """Whether somebody who waits may start at the end of this step."""
+        if self._running >= self.limits.max_running:
+            return False
+        comes = bool(self.expected) and self._may_come(self.expected[0])
+        return comes or (bool(self.waiting) and self._claim(self.waiting.first) <= self.free)
+
+    @property
+    def _running(self) -> int:
+        """Requests that have a place."""
+        return self.batch + len(self.reading) + len(self._joining) + self.coming
+
+    def _claim(self, task: Task) -> int:
+        """Tokens that are taken for a request whose prompt is read here."""
+        return task.longest if self.limits.reserve else task.tokens
+
+    def _claim_coming(self, task: Task) -> int:
+        """Tokens that are taken for one whose cache comes."""
+        return task.goes_on if self.limits.reserve else task.prompt
+
+    def _begin(self) -> None:
+        """The next step, if there is anything to do."""
+        for task in self._joining:
+            self._decode(task)
+        self._joining.clear()
+        while self.expected and self._may_come(self.expected[0]):
+            task = self.expected.popleft()
+            self.used += self._claim_coming(task)
+            self.coming += 1
+            self.owner.has_room(self, task)
+        if parts := self._pick(alone=self._make_room()):
+            self._read(parts)
+        elif self.batch:
+            self._decode_on()
+        else:
+            self.owner.idle(self)
+
+    def _may_come(self, task: Task) -> bool:
+        fits = self._running < self.limits.max_running and self._claim_coming(task) <= self.free
+        return fits and self.admits(self, task)
+
+    def _pick(self, alone: bool) -> list[tuple[Task, int, int]]:
+        """The prompts of the next step: (request, from, to); `alone` those that were begun."""
+        limits, parts = self.limits, []
+        budget = limits.max_step_tokens - (0 if limits.apart else self.batch)
+        for task in self.reading:
+            if budget > 0 and task.read < task.tokens:
+                budget -= self._part(task, budget, parts)
+        while not alone and self.waiting and budget > 0 and self._running < limits.max_running:
+            task = self.waiting.first
+            too_much = not limits.chunked and task.tokens > budget and parts
+            if too_much or self._claim(task) > self.free:
+                break
+            self.waiting.pop()
+            self.used += self._claim(task)
+            self.reading.append(task)
+            if task.started_s != task.started_s:
+                task.started_s = self.clock.now_s
+            self.owner.started(self, task)
+            budget -= self._part(task, budget, parts)
+        return parts
+
+    def _part(self, task: Task, budget: int, parts: list[tuple[Task, int, int]]) -> int:
+        """Take what the budget allows of a prompt; returns how much that is."""
+        begin = task.read
+        task.read = min(task.tokens, begin + budget) if self.limits.chunked else task.tokens
+        parts.append((task, begin, task.read))
+        return task.read - begin
+
+    def _read(self, parts: list[tuple[Task, int, int]]) -> None:
+        """Read prompts, while those that decode go along or stand still."""
+        tokens = sum(end - begin for _, begin, end in parts)
+        squares = sum(end * end - begin * begin for _, begin, end in parts)
+        now_s, along = self.clock.now_s, bool(self.batch) and not self.limits.apart
+        if along:
+            took_s = self.costs.mixed_s(tokens, squares, self.batch, self.context + self.batch)
+        else:
+            took_s = self.costs.prompt_s(tokens, squares)
+        self._busy = True
+        done = [task for task, _, end in parts if end == task.tokens]
+        if self.costs.stages > 1 and not self.batch:
+            self.clock.at(self._through_stages(took_s), self._come_out, done)
+            self.clock.at(self._free_s[0], self._next_batch)
+            return
+        self.busy_s += took_s
+        self.clock.at(now_s + took_s, self._read_over, done, along, took_s)
+
+    def _through_stages(self, took_s: float) -> float:
+        """When a batch of prompts comes out of the pipeline: each stage takes it once it is free."""
+        now_s, each_s = self.clock.now_s, took_s / self.costs.stages
+        for stage, free_s in enumerate(self._free_s):
+            now_s = self._free_s[stage] = max(now_s, free_s) + each_s
+        self.busy_s += each_s
+        return now_s
+
+    def _next_batch(self) -> None:
+        """The first stage is free."""
+        self._busy = False
+        self._begin()
+
+    def _come_out(self, done: list[Task]) -> None:
+        """Prompts have been through all stages."""
+        for task in done:
+            self._give(task)
+        if not self._busy:
+            self._begin()
+
+    def _read_over(self, done: list[Task], along: bool, took_s: float) -> None:
+        """A step with prompts has ended."""
+        if along:
+            self._advance(1, self._stalled_s + took_s)
+        elif self.batch:
+            self._stalled_s += took_s
+        for task in done:
+            self._give(task)
+        self._busy = False
+        self._begin()
+
+    def _give(self, task: Task) -> None:
+        """A prompt is read, for the first time or again: it gives a token."""
+        self.reading.remove(task)
+        task.given += 1
+        if task.given == 1:
+            task.first_s = self.clock.now_s
+        if task.given == task.new:
+            self.used -= task.longest if self.limits.reserve else task.read
+            self._end(task)
+            return
+        if task.given == 1:
+            self.owner.first(self, task)
+        if not task.handed:
+            self._decode(task)
+
+    def _decode(self, task: Task) -> None:
+        """A request decodes from now on."""
+        last = self._steps + task.new - task.given
+        heapq.heappush(self._decoding, (last, next(self._order), task, self._steps))
+        self.batch += 1
+        self.context += task.read
+        self._fresh.append(task)
+
+    def _decode_on(self) -> None:
+        """Decode until somebody ends, or room runs out."""
+        steps = self._decoding[0][0] - self._steps
+        if not self.limits.reserve:
+            steps = min(steps, self.free // self.batch)
+        base_s, slope_s = self.costs.decode(self.batch)
+        leap = self._leap = Leap(self.clock.now_s, steps, base_s, slope_s, self.batch, self.context)
+        self._busy, self._version = True, self._version + 1
+        self._first_gap(leap.began_s + leap.run_s(1))
+        self.clock.at(leap.began_s + leap.run_s(steps), self._leap_over, self._version)
+
+    def _leap_over(self, version: int) -> None:
+        if version != self._version or self._leap is None:
+            return  # it ended early
+        leap, self._leap, self._busy = self._leap, None, False
+        self.busy_s += leap.run_s(leap.steps)
+        last_s = leap.run_s(leap.steps) - leap.run_s(leap.steps - 1)
+        self._advance(leap.steps, max(last_s, self._stalled_s + leap.run_s(1)))
+        self._begin()
+
+    def _advance(self, steps: int, longest_s: float) -> None:
+        """All who decode have been given so many tokens; the longest of these steps took so long."""
+        self._stalled_s = 0.0
+        if self._fresh:
+            self._first_gap(self.clock.now_s)
+        self._steps += steps
+        self.context += self.batch * steps
+        if not self.limits.reserve:
+            self.used += self.batch * steps
+        self._gaps[0].append(self._steps)
+        self._gaps[1].append(longest_s)
+        while self._decoding and self._decoding[0][0] <= self._steps:
+            _, _, task, joined = heapq.heappop(self._decoding)
+            self._leave(task, joined)
+            self.used -= task.longest if self.limits.reserve else task.read
+            self._end(task)
+        if not self._decoding:
+            self._gaps = [], []
+
+    def _leave(self, task: Task, joined: int) -> None:
+        """It decodes no more: note what it has been given."""
+        steps = self._steps - joined
+        task.given += steps
+        task.read += steps
+        self.batch -= 1
+        self.context -= task.read
+        since = bisect_right(self._gaps[0], joined)
+        task.longest_gap_s = max(task.longest_gap_s, max(self._gaps[1][since:], default=0.0))
+
+    def _first_gap(self, now_s: float) -> None:
+        """Who has just begun to decode is given the second token then."""
+        for task in self._fresh:
+            if task.given == 1:
+                task.longest_gap_s = now_s - task.first_s
+        self._fresh.clear()
+
+    def _end(self, task: Task) -> None:
+        task.finished_s = self.clock.now_s
+        self.owner.finished(self, task)
+
+    def _make_room(self) -> bool:
+        """Every request that decodes needs room for a token: put the last ones back until there is some; whether any was."""
+        before = self.batch
+        while not self.limits.reserve and self.batch > self.free:
+            place = max(range(len(self._decoding)), key=lambda each: self._decoding[each][2].arrival_s)
+            _, _, task, joined = self._decoding.pop(place)
+            heapq.heapify(self._decoding)
+            self._leave(task, joined)
+            self.used -= task.read
+            task.read, task.preemptions = 0, task.preemptions + 1
+            self.waiting.put_back(task)
+        return self.batch < before
