@@ -1,4 +1,4 @@
-"""The command line: `python -m minillm doctor | generate | compare | bench | serve`. Errors are one line and exit status 2; --debug shows the traceback."""
+"""The command line: `python -m minillm doctor | generate | compare | bench | serve | simulate`. Errors are one line and exit status 2; --debug shows the traceback."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def _lead() -> AbstractContextManager[Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="minillm", description="Distributed LLM inference, step by step.")
     commands = parser.add_subparsers(
-        dest="name", required=True, parser_class=_Parser, metavar="doctor | generate | compare | bench | serve"
+        dest="name",
+        required=True,
+        parser_class=_Parser,
+        metavar="doctor | generate | compare | bench | serve | simulate",
     )
     _command(commands, "doctor", doctor, "what this machine can run, and what is missing")
     generate_options = _command(commands, "generate", generate, "answer a prompt with a model")
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     compare_options.add_argument("--ranks", type=int, metavar="N", help="how many ranks (default: 4, or all launched)")
     _add_bench(_command(commands, "bench", bench, "measure the engine under a load of random requests"))
     _add_serve(_command(commands, "serve", serve, "answer HTTP requests as OpenAI's API does"))
+    _add_simulate(_command(commands, "simulate", simulate, "serve a load on a simulated cluster"))
     return parser
 
 
@@ -90,6 +94,12 @@ def _add_model(options: argparse.ArgumentParser, layout: bool = True) -> None:
             metavar="TEXT",
             help="such as pp=2, pp=9+9+12, tp=2 or dp=2,tp=2 (default: one device)",
         )
+
+
+def _add_simulate(options: argparse.ArgumentParser) -> None:
+    from minillm.sim.command import add_options
+
+    add_options(options)
 
 
 def _add_bench(options: argparse.ArgumentParser) -> None:
@@ -307,3 +317,10 @@ def serve(options: argparse.Namespace) -> int:
     with _served(options) as llm:
         run(llm, options.host, options.port, key, options.max_queue)
     return 0
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """Serve a load on a simulated cluster."""
+    from minillm.sim.command import simulate as run
+
+    return run(options)

@@ -56,6 +56,15 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         Device("T4", {"float16": 65 * TFLOPS, "float32": 8.1 * TFLOPS}, 320 * GB, 16 * GB, "NVIDIA T4 datasheet, 2019"),
+        Device(
+            "V100 32GB", {"float16": 125 * TFLOPS, "float32": 15.7 * TFLOPS}, 900 * GB, 32 * GB, "NVIDIA V100 SXM2 datasheet, 2018"
+        ),
+        Device(
+            "RTX 4090", {**_half(165.2), "float32": 82.6 * TFLOPS}, 1008 * GB, 24 * GB, "NVIDIA Ada GPU architecture whitepaper, 2022: FP16 with FP32 sums"
+        ),
+        Device(
+            "L40S", {**_half(362), "float32": 91.6 * TFLOPS}, 864 * GB, 48 * GB, "NVIDIA L40S datasheet, 2023: half of what it prints with sparsity"
+        ),
         Device("L4", {**_half(121), "float32": 30.3 * TFLOPS}, 300 * GB, 24 * GB, "NVIDIA L4 datasheet, 2023"),
         Device(
             "A100 80GB", {**_half(312), "float32": 19.5 * TFLOPS}, 2039 * GB, 80 * GB, "NVIDIA A100 SXM datasheet, 2021"
@@ -65,6 +74,9 @@ DEVICES: dict[str, Device] = {
         ),
         Device(
             "H200", {**_half(989), "float8": 1979 * TFLOPS, "float32": 67 * TFLOPS}, 4.8 * TB, 141 * GB, "NVIDIA H200 SXM datasheet, 2024"
+        ),
+        Device(
+            "B200", {**_half(2250), "float8": 4500 * TFLOPS, "float32": 75 * TFLOPS}, 8 * TB, 180 * GB, "NVIDIA HGX B200 datasheet, 2025: an eighth of the board"
         ),
     )
 }  # fmt: skip

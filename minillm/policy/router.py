@@ -109,6 +109,13 @@ class LeastTokens(Router):
         return min(present, key=self.tokens.__getitem__)
 
 
+class ShortestQueue(LeastTokens):
+    """Where the fewest prompt tokens wait; a request that decodes counts as one (the JSQ of Splitwise, Patel et al. 2024)."""
+
+    def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
+        return super().route(request_id, prompt, min(most_new, 2))
+
+
 class PrefixAware(Router):
     """Where the fewest tokens are outstanding once the prompt is there, of which what went there before need not be read
     again. (Dynamo's KV-aware router weighs so; SGLang's changes to the shortest queue when queues differ much.)
@@ -146,6 +153,7 @@ class PrefixAware(Router):
 ROUTERS: dict[str, type[Router]] = {
     "round-robin": RoundRobin,
     "least-tokens": LeastTokens,
+    "shortest-queue": ShortestQueue,
     "prefix-aware": PrefixAware,
 }
 

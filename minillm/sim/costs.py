@@ -26,9 +26,11 @@ from minillm.policy.batch import Batch, Chunk
 
 
 class Costs(Protocol):
-    """Seconds of a step on one machine. `stages` of a pipeline share it evenly."""
+    """Seconds of a step on one machine."""
 
-    stages: int
+    @property
+    def stages(self) -> int:
+        """Of a pipeline, which share a step evenly."""
 
     def prompt_s(self, tokens: int, squares: int) -> float:
         """So many prompt tokens are read; `squares` is Σ (end² - start²) over their chunks: what attention sees, twice."""

@@ -109,7 +109,9 @@ class Machine:
         self.used = 0  # tokens of the cache that are taken
         self.busy_s = 0.0
         self._joining: list[Task] = []
-        self._decoding: list[tuple[int, int, Task, int]] = []  # a heap: (last step, count, task, the step it joined after)
+        self._decoding: list[
+            tuple[int, int, Task, int]
+        ] = []  # a heap: (last step, count, task, the step it joined after)
         self._steps = 0  # decode steps so far
         self._order = count()
         self._busy = self._woken = False
@@ -228,7 +230,8 @@ class Machine:
 
     def _pick(self, alone: bool) -> list[tuple[Task, int, int]]:
         """The prompts of the next step: (request, from, to); `alone` those that were begun."""
-        limits, parts = self.limits, []
+        limits = self.limits
+        parts: list[tuple[Task, int, int]] = []
         budget = limits.max_step_tokens - (0 if limits.apart else self.batch)
         for task in self.reading:
             if budget > 0 and task.read < task.tokens:

@@ -1,0 +1,142 @@
+"""TetriInfer simulated: prompts in chunks of one size, sorted a window at a time; decode instances chosen by predicted lengths and what was
+last broadcast; three gates; roles that change (Hu et al. 2024). The paper's machines are emulated by a roofline: only signs and orders
+of its figures can be looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from minillm.hardware.devices import Link, find_device
+from minillm.model.config import ModelConfig
+from minillm.policy.admission import GATES, HEAVY, Predictor, Running
+from minillm.policy.handing import Dispatcher, Role
+from minillm.policy.queue import Queue, Windowed
+from minillm.policy.router import LeastTokens
+from minillm.policy.spread import PowerOfTwo, Watcher
+from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
+from minillm.sim.costs import Costs, Roofline
+from minillm.sim.machine import Limits, Machine
+from minillm.sim.task import Task
+from minillm.trace.workload import Arrival
+
+OPT_13B = ModelConfig("llama", 50272, 5120, 13653, 40, 40, 40, 128, 2048)  # its MLP of two products as three, as large
+CHUNK = 512  # tokens of a chunk, OPT-13B on V100
+BROADCAST_S = 0.1
+HEAVY_PROMPT = 512
+ORDERS = {"fcfs": lambda task: task.arrival_s, "sjf": lambda task: task.prompt, "ljf": lambda task: -task.prompt}
+WORKLOADS = {  # (prompts, answers) light or heavy: LPHD is light prompts, heavy decodes
+    "LPLD": (False, False), "LPHD": (False, True), "HPLD": (True, False), "HPHD": (True, True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How many instances of each kind, and the switches: `order` of prompts in windows of `window`, the `gate` of decode instances, and the
+    `predictor` of lengths (None: it knows them). `idle_s` before an instance may change its role (None: never).
+    """
+
+    prefills: int = 1
+    decodes: int = 1
+    order: str = "sjf"
+    window: int = 16
+    gate: str = "reserve-dynamic"
+    predictor: Predictor | None = Predictor(200, 0.749)
+    link: Link | None = None
+    idle_s: float | None = None
+    cache_tokens: int = 20_000
+
+    def __post_init__(self) -> None:
+        for name, known in (("order", ORDERS), ("gate", GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(known)}")
+
+
+def v100_pair() -> Costs:
+    """OPT-13B on two V100, as the paper has them."""
+    return Roofline(OPT_13B, find_device("V100 32GB"), "float16", tp=2)
+
+
+class Tetri(Apart):
+    """Machines that read, and machines that go on; a monitor hears from all of them and broadcasts."""
+
+    def __init__(self, setup: Setup, costs: Costs, seed: int = 0) -> None:
+        self.setup, self.random = setup, Random(seed)
+        count = setup.prefills + setup.decodes
+        reads = Limits(setup.cache_tokens, 10_000, CHUNK, chunked=True)
+        goes_on = Limits(setup.cache_tokens, 256, CHUNK, chunked=True)
+        kinds = [Kind(costs, reads, 2, self._queue)] * setup.prefills + [
+            Kind(costs, goes_on, 2, Queue, self._admits)
+        ] * setup.decodes
+        roles = [Role.PREFILL] * setup.prefills + [Role.DECODE] * setup.decodes
+        self.spread = PowerOfTwo(count, self.random)
+        self.watcher = Watcher(count, setup.idle_s) if setup.idle_s is not None else None
+        self.flips: list[tuple[float, int, Role]] = []
+        self._listening = False
+        token_bytes = OPT_13B.kv_numbers_per_token * 2.0
+        super().__init__(kinds, Dispatcher(roles, LeastTokens(count), self.spread), Wires(setup.link, token_bytes))
+
+    def arrive(self, task: Task) -> None:
+        if self.setup.predictor is not None:
+            task.predicted = self.setup.predictor.lower_end(task.new, self.random)
+        if not self._listening:
+            self._listening = True
+            self._broadcast()
+        super().arrive(task)
+        self.dispatcher.ways[task.request_id].to_come = max(2, task.predicted)  # all that the dispatcher may know
+
+    def _queue(self) -> Queue[Task]:
+        return Windowed(ORDERS[self.setup.order], self.setup.window)
+
+    def _admits(self, machine: Machine, task: Task) -> bool:
+        """The gate of a decode instance."""
+        running = [Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decoding]
+        return GATES[self.setup.gate](task.tokens, task.predicted, machine.free, running)
+
+    def _broadcast(self) -> None:
+        """Every 100 ms all hear how much room each has; while there is anything to do."""
+        self.spread.hear([machine.free for machine in self.machines])
+        if self.watcher is not None:
+            self._watch(self.watcher)
+        if any(not machine.drained for machine in self.machines):
+            self.clock.at(self.clock.now_s + BROADCAST_S, self._broadcast)
+        else:
+            self._listening = False
+
+    def _watch(self, watcher: Watcher) -> None:
+        """Let who is idle for long change its role."""
+        busy = [not machine.drained for machine in self.machines]
+        if not self.dispatcher.turning and (turn := watcher.look(self.clock.now_s, busy, self.dispatcher.roles)):
+            self.dispatcher.flip(*turn)
+            self.flips.append((self.clock.now_s, *turn))
+
+
+def baseline(costs: Costs, running: int = 16, cache_tokens: int = 20_000) -> Cluster:
+    """vLLM as the paper seems to have it: one instance that does both, prompts first, with at most so many requests at once. (The paper says
+    "batch 16"; its figures of resource time fit one instance, half of what TetriInfer has.)
+    """
+    return Together([Kind(costs, Limits(cache_tokens, running, 8192, apart=True), 2)], LeastTokens(1))
+
+
+def workload(name: str, seed: int, count: int = 128) -> list[Arrival]:
+    """So many requests at once, of a kind, or "Mixed": light prompts up to 512 tokens, light answers up to 128, heavy ones up to three times
+    as long. Raises `ValueError` for another name.
+    """
+    if name != "Mixed" and name not in WORKLOADS:
+        raise ValueError(f"workload={name!r}: give one of {', '.join(WORKLOADS)}, Mixed")
+    random, arrivals = Random(seed), []
+    for _ in range(count):
+        kinds = WORKLOADS[name] if name != "Mixed" else (random.random() < 0.5, random.random() < 0.5)
+        lengths = [
+            random.randint(limit + 1, 3 * limit) if heavy else random.randint(8, limit)
+            for limit, heavy in zip((HEAVY_PROMPT, HEAVY), kinds)
+        ]
+        arrivals.append(Arrival(0.0, *lengths))
+    return arrivals
+
+
+def means(tasks: Sequence[Task]) -> tuple[float, float]:
+    """Mean TTFT and mean job completion time, in seconds."""
+    return sum(task.ttft_s for task in tasks) / len(tasks), sum(task.e2e_s for task in tasks) / len(tasks)
