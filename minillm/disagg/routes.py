@@ -18,8 +18,8 @@ from minillm.parallel.shards import Shard
 @dataclass(frozen=True)
 class Route:
     """What rank `source` sends to rank `target`: `layers` and KV `heads` that both hold. Of a
-    sequence's blocks those that lie on the source's place of its context parallel line, (place, ranks),
-    and come to lie on the target's.
+    sequence's blocks those that lie at the source's place of its context parallel line,
+    (place, ranks), and come to lie at the target's.
     """
 
     source: int
@@ -30,8 +30,8 @@ class Route:
     target_place: tuple[int, int] = (0, 1)
 
     def pairs(self, sources: Sequence[int], targets: Sequence[int]) -> list[tuple[int, int]]:
-        """Which of the source rank's own blocks go to which of the target rank's, of a sequence with
-        these block tables.
+        """Which of the source rank's own blocks go to which of the target rank's, of a
+        sequence with these block tables.
         """
         (here, ranks_here), (there, ranks_there) = self.source_place, self.target_place
         return [

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import ast
 from itertools import count
+from textwrap import fill
 from typing import Any
 
 from minillm.lesson.desk import Desk, solution
 from minillm.ranks.pool import Ranks
 from minillm.viz.style import show
 
+WIDE = 100  # characters that a page shows in a line
 _cells = count(1)
 
 
@@ -55,10 +57,15 @@ def register(shell: Any) -> None:
         if len(names) != 1:
             raise ValueError(f"%%exercise {line}: name one exercise, such as %%exercise 00.total")
         said, figure = desk.submit(names[0], "\n" + cell, here)  # the magic's own line counts, as in the notebook
-        print(said)
+        print(wrapped(said))
         if figure is not None:
             show(figure)
 
     shell.user_ns.setdefault("solution", solution)
     shell.register_magic_function(exercise, magic_kind="cell", magic_name="exercise")
     shell.register_magic_function(ranks, magic_kind="cell", magic_name="ranks")
+
+
+def wrapped(text: str) -> str:
+    """The same lines, none so long that a page would break it within a word."""
+    return "\n".join(fill(line, WIDE, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())

@@ -153,7 +153,6 @@ class PrefixAware(Router):
 ROUTERS: dict[str, type[Router]] = {
     "round-robin": RoundRobin,
     "least-tokens": LeastTokens,
-    "shortest-queue": ShortestQueue,
     "prefix-aware": PrefixAware,
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillm.policy.admission import GATES
-from minillm.policy.router import ROUTERS, make_router
+from minillm.policy.router import ROUTERS, ShortestQueue
 from minillm.sim import distserve, splitwise, tetri
 from minillm.sim.cluster import Cluster, Kind, Together
 from minillm.sim.costs import Measured
@@ -20,6 +20,7 @@ from minillm.trace.metrics import SLO
 from minillm.trace.workload import PUBLISHED, TRACES, Arrival, Lengths, find_trace, read_trace
 
 MACHINES = {"A100": splitwise.A100, "H100": splitwise.H100, "H100cap": splitwise.H100_CAPPED}
+CHOICES = {**ROUTERS, "shortest-queue": ShortestQueue}
 FORM = "write both=40xH100, or prefill=25xH100,decode=15xH100"
 
 
@@ -67,7 +68,7 @@ def _colocated(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
     chunk = options.chunk or splitwise.MAX_TOKENS
     limits = Limits(served.cache_tokens, splitwise.MAX_BATCH, chunk, chunked=options.chunk is not None)
     count = parts["both"].count
-    return Together([Kind(costs, limits, 8)] * count, make_router(options.router, count))
+    return Together([Kind(costs, limits, 8)] * count, CHOICES[options.router](count))
 
 
 def _served(options: argparse.Namespace) -> splitwise.Served:
@@ -143,7 +144,7 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of the load (default 60)")
     options.add_argument("--chunk", type=int, metavar="N", help="colocated: cut prompts to steps of N tokens")
     options.add_argument(
-        "--router", default="shortest-queue", choices=list(ROUTERS), help="colocated (default: shortest-queue)"
+        "--router", default="shortest-queue", choices=list(CHOICES), help="colocated (default: shortest-queue)"
     )
     options.add_argument(
         "--gate", default="reserve-dynamic", choices=list(GATES), help="tetriinfer (default: reserve-dynamic)"

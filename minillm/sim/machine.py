@@ -312,6 +312,8 @@ class Machine:
         task.given += 1
         if task.given == 1:
             task.first_s = self.clock.now_s
+        else:
+            task.longest_gap_s = max(task.longest_gap_s, self.clock.now_s - task.put_back_s)
         if task.given == task.new:
             self.used -= task.longest if self.limits.reserve else task.read
             self._end(task)
@@ -398,6 +400,6 @@ class Machine:
             heapq.heapify(self._decoding)
             self._leave(task, joined)
             self.used -= task.read
-            task.read, task.preemptions = 0, task.preemptions + 1
+            task.read, task.preemptions, task.put_back_s = 0, task.preemptions + 1, self.clock.now_s
             self.waiting.put_back(task)
         return self.batch < before

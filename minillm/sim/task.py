@@ -29,6 +29,7 @@ class Task:
     finished_s: float = NEVER
     longest_gap_s: float = 0.0
     preemptions: int = 0
+    put_back_s: float = NEVER  # when it was preempted last
 
     @classmethod
     def of(cls, request_id: int, arrival: Arrival) -> Task:

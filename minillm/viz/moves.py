@@ -10,7 +10,6 @@ from matplotlib.patches import Patch
 from minillm.trace.life import Event
 from minillm.trace.trace import Kind, Trace
 from minillm.viz.style import COMMUNICATION, DECODE, INK, PREFILL, frame, new_figure
-from minillm.viz.words import plain
 
 LANES = ("prefill", "wire", "decode")
 
@@ -45,11 +44,14 @@ def draw_moves(ways: Mapping[str, Trace], finding: str, caption: str) -> Figure:
                 axis.barh(row, span.end_s - span.start_s, left=span.start_s - zero, height=0.6, color=colour, edgecolor="white", linewidth=0.4)  # fmt: skip
         first, began = (when - zero for when in waits_of(trace))
         axis.axvspan(first, max(began, first + 1e-4), color="#eeeeee", zorder=0)
-        axis.text(began, 2.62, f"{plain(1e3 * max(0.0, began - first))} ms until decode begins ", ha="right", va="center", fontsize=9.5, color=INK)  # fmt: skip
+        axis.text(began, 2.62, f"{1e3 * max(0.0, began - first):.0f} ms until decode begins ", ha="right", va="center", fontsize=9.5, color=INK)  # fmt: skip
         axis.set_yticks(range(3), LANES if axis is axes[0] else [""] * 3)
         axis.set(ylim=(2.9, -0.6), xlabel="time (s)", xlim=(0, None))
         axis.set_title(name, fontsize=10.5, color=INK, loc="left")
         axis.tick_params(axis="y", length=0)
+    last_s = max(axis.get_xlim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_xlim(0, last_s)
     names = ["the prompt is read", "K and V move", "decode steps"]
     figure.legend(
         [Patch(color=each) for each in (PREFILL, COMMUNICATION, DECODE)], names, ncols=3, loc="upper right",

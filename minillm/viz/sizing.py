@@ -15,6 +15,7 @@ from minillm.viz.words import bytes_text, plain, plain_log
 
 GBITS = [2 ** (step / 2) for step in range(-2, 19)]  # 0.5 to 362 Gbit/s
 COLOURS = dict(zip(TRANSFERS, (COMMUNICATION, "#9c4477", "#5c1f44")))  # of communication, darker as more is hidden
+WIDTHS = {"whole": (4.2, "-"), "chunk": (2.4, "--"), "layer": (2.4, "-")}
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0}
 NAMES = {"whole": "whole, afterwards", "chunk": "chunk by chunk", "layer": "layer by layer"}
 
@@ -31,7 +32,8 @@ def draw_stall(config: ModelConfig, device: Device, dtype: str, tokens: int, gbi
     ends: list[tuple[float, str]] = []
     for way in TRANSFERS:
         seen = [1e3 * seen_s(config, device, wire(rate), dtype, tokens, way) for rate in GBITS]
-        axis.plot(GBITS, seen, color=COLOURS[way], linewidth=2.4)
+        wide, dashes = WIDTHS[way]  # lines that coincide are both seen
+        axis.plot(GBITS, seen, color=COLOURS[way], linewidth=wide, linestyle=dashes)
         ends.append((seen[-1], way))
     axis.hlines(1e3 * step, GBITS[0], GBITS[-1], color=FAINT, linewidth=1.1, linestyle=":")
     said = f"a decode step of 16 requests: {plain(1e3 * step)} ms"
@@ -87,10 +89,15 @@ def draw_ratio(rates: Rates, instances: int, caption: str) -> Figure:
     lines += axis.plot(places, decoding, "o-", color=DECODE, linewidth=2.2)
     axis.axhline(together, color=INK, linestyle=":", linewidth=1.3)
     most = max(together, through[best - 1])
-    axis.set(ylim=(0, 1.75 * most), xlim=(0.4, instances + 1.0), xlabel="readers : decoders", ylabel="requests/s")
+    top = min(1.1 * max(reading + decoding + [together]), 5 * most)
+    for values, colour, name in ((reading, PREFILL, "prefill"), (decoding, DECODE, "decode")):
+        if min(values) > top:
+            said = f"{name} lets through {plain(min(values))} and more"
+            axis.annotate(said, (instances / 2, 0.86 * top), ha="center", fontsize=10, color=colour, bbox=BEHIND)
+    axis.set(ylim=(0, top), xlim=(0.4, instances + 1.0), xlabel="readers : decoders", ylabel="requests/s")
     axis.annotate(
         f"all do both: {plain(together)}" if together else "all do both: not within the goal", (instances + 1.0, together), xytext=(0, 4), textcoords="offset points", ha="right",
-        fontsize=10,
+        fontsize=10, bbox=BEHIND,
     )  # fmt: skip
     legend(axis, [*lines, Patch(color=INK)], ["prefill lets through", "decode lets through", "the best split"])
     axis.set_xticks(list(places), [f"{n}:{instances - n}" for n in places])

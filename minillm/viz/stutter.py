@@ -13,9 +13,14 @@ from minillm.viz.words import plain
 
 
 def longest_gap(lives: Sequence[RequestLife]) -> tuple[float, float]:
-    """The longest wait between two tokens of these requests: when it began, and when it ended."""
-    gaps = [pair for life in lives for pair in zip(life.token_s, life.token_s[1:])]
-    return max(gaps, key=lambda pair: pair[1] - pair[0])
+    """The longest wait between two tokens of a request while the longest prompt is read, or if nothing streams then, of all: when it began,
+    and when it ended.
+    """
+    long = max(lives, key=lambda life: life.prompt_tokens)
+    began, ended = long.first(Event.STARTED), long.first(Event.TOKEN)
+    gaps = [pair for life in lives if life is not long for pair in zip(life.token_s, life.token_s[1:])]
+    meanwhile = [(left, right) for left, right in gaps if right > began and left < ended]
+    return max(meanwhile or gaps, key=lambda pair: pair[1] - pair[0])
 
 
 def draw_stutter(
@@ -39,7 +44,7 @@ def draw_stutter(
             axis.vlines([token - zero for token in life.token_s], top, top + 0.8 * depth, color=DECODE, linewidth=1.6)
         began, ended = long.first(Event.STARTED) - zero, long.token_s[0] - zero
         axis.barh(row + 0.18, ended - began, left=began, height=0.24, color=PREFILL)
-        left, right = (when - zero for when in longest_gap(short))
+        left, right = (when - zero for when in longest_gap(lives))
         axis.annotate(
             "", (left, row - 0.48), xytext=(right, row - 0.48), arrowprops={"arrowstyle": "<->", "color": INK}
         )

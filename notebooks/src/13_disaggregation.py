@@ -41,16 +41,20 @@ cut = EngineOptions(num_blocks=192, max_running=16, max_step_tokens=48)
 together = LLM(layout="dp=2", dtype="float32", ranks=pools, options=at_once)
 apart = LLM(layout="prefill=1xtp=1,decode=1xtp=1", dtype="float32", ranks=pools,
             options=EngineOptions(num_blocks=192, max_running=16))
-ways = {"together": together, "together, in chunks": together.with_options(cut), "apart": apart}
+ways = {"together": together, "in chunks": together.with_options(cut), "apart": apart}
 
 # %% [markdown]
-# Two short questions stream their answers. After one second comes a prompt of 400 tokens. Two replicas serve them, as in lesson 08.
+# Two short questions stream their answers. After one second comes a prompt of 400 tokens. Two ranks serve them in three ways:
+#
+# - *together*: two replicas, as in lesson 08, and each reads a prompt at once;
+# - *in chunks*: the same, but a step has at most 48 tokens;
+# - *apart*: one instance only reads prompts, the other only decodes (`prefill=1xtp=1,decode=1xtp=1`: how many of each, and the layout of one).
 
 # %%
 from minillm.lesson.predict import Predict
 
-gap = Predict("13.gap", "Two replicas, the prompt read at once: the longest gap between two tokens of a "
-              "short answer?", "ms", 20, 20_000)
+gap = Predict("13.gap", "Together, while the long prompt is read: the longest gap (ITL) between two tokens "
+              "of a short answer?", "ms", 20, 20_000)
 gap
 
 # %% tags=["nbval-ignore-output"]
@@ -64,7 +68,7 @@ from minillm.viz.stutter import draw_stutter, longest_gap
 
 gaps = {}
 for name, lives in stutter.items():
-    begin, end = longest_gap([life for life in lives if life.prompt_tokens == 16])
+    begin, end = longest_gap(lives)
     gaps[name] = 1e3 * (end - begin)
 finding = "The longest gap: " + ", ".join(f"{ms:,.0f} ms {name}" for name, ms in gaps.items())
 HERE = "measured · two processes of this machine, a core each · SmolLM2-135M float32"
@@ -112,11 +116,11 @@ from minillm.viz.slo_plane import SLOPlane
 SLOPlane(served, "The goals decide who serves most", HERE, long=384)
 
 # %% [markdown]
-# The goals are, at first, what six of ten requests keep to. Click the three ways, and drag the corner. Can you find goals for which *together*
-# is best? For which do you need *apart*? (Few requests on a busy machine: your neighbour's dots lie elsewhere.)
+# Each goal of the SLO is at first what six of ten requests keep to, taken by itself; fewer keep to both. Click the three ways, and drag the
+# corner. Can you find goals for which *together* is best? For which do you need *apart*? (Few requests on a busy machine: your neighbour's dots lie elsewhere.)
 
 # %% [markdown]
-# Apart, a short question can still wait: behind a long prompt, or in the same step with it.
+# Apart, a short question can still wait: behind a long prompt, or in the same step with it. Requests 2, 6 and 10 have the long prompts.
 
 # %% tags=["nbval-ignore-output"]
 from minillm.viz.requests import draw_requests
@@ -164,8 +168,8 @@ moved.reveal(
 # %% [markdown]
 # ## What if: link and device
 #
-# A faster device reads the prompt sooner, and leaves less time to hide behind. Where is the knee? When is even a move of the whole cache hidden,
-# that is, shorter than a decode step of 16 requests? (A prompt of one chunk moves chunk by chunk as it moves whole.)
+# A faster device reads the prompt sooner, and leaves less time to hide behind. From which link on is *layer by layer* hidden, that is, shorter
+# than a decode step of 16 requests? For which prompts can even *whole* be? (Chunks have 512 tokens: a prompt of one chunk moves as it does whole.)
 
 # %%
 from minillm.disagg.sizing import Demand, rates_of
@@ -206,9 +210,9 @@ def gain(rates):
 
 loose.reveal(
     gain(rates_for(100)),
-    "Splitting adds no throughput: vLLM's documentation says so, too. What gets through is what the "
-    f"slower kind lets through, and no ratio is exact. At 10 ms it is {gain(rates_for(10)):.2f} times: "
-    "who reads prompts in between has to keep its batches small to keep to the goal.",
+    "Splitting adds no throughput: no step gets faster by it, and vLLM's documentation says so, too. What "
+    "gets through is what the slower kind lets through. It can add goodput, where the goal is strict: at "
+    f"10 ms it is {gain(rates_for(10)):.2f} times, since who reads prompts in between must keep batches small.",
     how="by formula",
 )
 
@@ -223,23 +227,27 @@ def split(TPOT_goal_ms, tokens_in, tokens_out, model):
     return draw_ratio(rates, 8, f"by formula · {model} bfloat16 on 8 × H100 · {load} · {batches}")
 
 
-WhatIf(split, "How should the eight be split?", TPOT_goal_ms=[100, 10, 15, 30],
+WhatIf(split, "How should the eight be split?", TPOT_goal_ms=[30, 10, 15, 100],
        tokens_in=[2048, 128, 512, 8192], tokens_out=[256, 16, 128, 1024],
        model=["Llama-3.1-8B", "Llama-2-7B"])
 
 # %% [markdown]
-# A ratio that was right in the morning is wrong in the evening. So instances can change roles while they serve: `llm.engine.flip(0, Role.DECODE)`
-# drains one first, and reads no weights.
+# A ratio that was right in the morning is wrong in the evening. So instances can change roles while they serve: with
+# `prefill=2xtp=1,decode=1xtp=1`, `llm.engine.flip(1, Role.DECODE)` (`Role` is in `minillm.policy.handing`) lets instance 1 finish what it has, and
+# then decode; no weights are read. The last instance of a role keeps it.
 
 # %% [markdown]
 # ## The engine's own
 #
-# The two layouts determine which rank holds what, and therefore which sends what.
+# The two layouts determine which rank holds what, and therefore which sends what. (Context parallel ranks, lesson 11, hold every so many-th block.)
 
 # %% tags=["nbval-ignore-output"]
 from minillm.lesson.source import show_source
 
 show_source("disagg.routes.Route")
+
+# %% [markdown]
+# And prefill may forget a request only when two things are true: its prompt has been read, and its cache is where it goes on.
 
 # %% tags=["nbval-ignore-output"]
 show_source("policy.handing.Dispatcher.free")
@@ -247,7 +255,7 @@ show_source("policy.handing.Dispatcher.free")
 # %% [markdown]
 # ## Break it: decode does not wait
 #
-# Of the cache the last ten of thirty layers do not arrive, and decode begins as if they had.
+# Of the cache the last ten of thirty layers get lost on the way, and nobody tells decode.
 
 # %%
 early = Predict("13.early", "What comes out?",
@@ -280,14 +288,14 @@ question = [{"role": "user", "content": "What is the capital of France?"}]
 right = apart.chat(question, SamplingParams(max_tokens=16)).text
 _ = pools[1].run(forget, 10)
 empty = apart.with_options()  # its own engine, in whose blocks nothing has been yet
-wrong = empty.chat(question, SamplingParams(max_tokens=16)).text
+wrong = empty.chat(question, SamplingParams(max_tokens=16)).text.replace("\ufffd", "")
 _ = pools[1].run(forget, 0)
 
 # %%
 early.reveal(
     2,
     f"All layers: “{right}” Without ten: “{wrong}” The first token comes from the instance that read "
-    "the prompt. Nobody notices that the rest is wrong: a cache has no check sum. So the receiver "
+    "the prompt. Nobody notices that the rest is wrong: a cache has no checksum. So the receiver "
     "counts what comes, and decode waits for all of it.",
 )
 

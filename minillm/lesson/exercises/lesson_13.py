@@ -70,7 +70,9 @@ def drive_plan(function: Callable[..., Any], case: Case) -> Outcome:
         by = came.get((target, layer, head), [])
         if len(by) != 1:
             often = f"{len(by)} times, from sources {' and '.join(map(str, by))}" if by else "never"
-            raise RuleError(f"head {head} of layer {layer} comes to target {target} {often}: expected once")
+            raise RuleError(
+                f"head {head} of layer {layer} comes to target {target} {often}: expected once (sources {sources}, targets {targets})"
+            )
     return Outcome([len(wanted)], len(sends))
 
 
@@ -120,6 +122,7 @@ SHARE = Exercise(
         Case("two ratios serve as many", (3, 10, 10)),
         Case("between two ratios", (8, 10, 15)),
         Case("one decoder suffices", (8, 1, 100)),
+        Case("the more even one is not the best", (8, 50, 10)),
     ),
     starter='''\
 def readers(instances, prefill_rate, decode_rate):
@@ -214,6 +217,7 @@ PLAN = Exercise(
         Case("tp=3 to tp=2, 3 heads", ([((0, 2), (n, n + 1)) for n in range(3)], [((0, 2), (0, 2)), ((0, 2), (2, 3))])),
         Case("tp=2 to tp=2, nothing crosses", ([((0, 4), (0, 1)), ((0, 4), (1, 2))], [((0, 4), (0, 1)), ((0, 4), (1, 2))])),
         Case("two ranks hold the same head", ([((0, 2), (0, 1)), ((0, 2), (0, 1)), ((0, 2), (1, 2)), ((0, 2), (1, 2))], [((0, 2), (0, 2))])),
+        Case("copies take turns", ([((0, 2), (0, 1)), ((0, 2), (1, 2)), ((0, 2), (0, 1)), ((0, 2), (1, 2))], [((0, 2), (0, 2))])),
         Case("both want it", ([((0, 2), (0, 1)), ((0, 2), (1, 2))], [((0, 2), (0, 1)), ((0, 2), (0, 1)), ((0, 2), (1, 2))])),
     ),
     starter='''\
