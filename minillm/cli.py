@@ -1,4 +1,4 @@
-"""The command line: `python -m minillm doctor | generate | compare | bench | serve | simulate`. Errors are one line and exit status 2; --debug shows the traceback."""
+"""The command line: `python -m minillm doctor | generate | compare | bench | serve | simulate | calibrate`. Errors are one line and exit status 2; --debug shows the traceback."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="name",
         required=True,
         parser_class=_Parser,
-        metavar="doctor | generate | compare | bench | serve | simulate",
+        metavar="doctor | generate | compare | bench | serve | simulate | calibrate",
     )
     _command(commands, "doctor", doctor, "what this machine can run, and what is missing")
     generate_options = _command(commands, "generate", generate, "answer a prompt with a model")
@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     compare_options.add_argument("--ranks", type=int, metavar="N", help="how many ranks (default: 4, or all launched)")
     _add_bench(_command(commands, "bench", bench, "measure the engine under a load of random requests"))
     _add_serve(_command(commands, "serve", serve, "answer HTTP requests as OpenAI's API does"))
+    calibrate_options = _command(commands, "calibrate", calibrate, "fit step times here, for the simulator")
+    _add_model(calibrate_options)
     _add_simulate(_command(commands, "simulate", simulate, "serve a load on a simulated cluster"))
     return parser
 
@@ -324,3 +326,19 @@ def simulate(options: argparse.Namespace) -> int:
     from minillm.sim.command import simulate as run
 
     return run(options)
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Fit what steps take on this machine."""
+    from minillm.calibrate import calibrate as run
+    from minillm.hardware.machine import machine
+
+    with _llm(options) as llm:
+        found = run(llm)
+        about = {"model": llm.folder.name, "layout": str(llm.layout), "device": llm.device.type}
+    if options.json:
+        print(json.dumps({**about, **machine(), **found.as_dict()}, indent=1))
+    else:
+        print(f"{about['model']} on {about['device']}, layout {about['layout'] or 'one device'}")
+        print(found.as_text())
+    return 0

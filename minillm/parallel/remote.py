@@ -68,6 +68,7 @@ class RemoteEngine:
         self.requests: dict[int, Request] = {}
         self.failed: frozenset[int] = frozenset()
         self._call: Call | None = None
+        self._asked: frozenset[int] = frozenset()  # what the ranks had been sent when the call began
         self._trouble: Exception | None = None  # of somebody who listens to spans
         self._pieces: list[Piece] = []
         self.num_blocks = instance.open(self.number, options, order, house)
@@ -141,6 +142,7 @@ class RemoteEngine:
                 self.requests[each.request_id] = each
                 each.life.rank = self.first_rank + leader
             shares.setdefault(leader, []).append(replace(Added.of(request), handed=handed, source=source))
+        self._asked -= {each.request_id for each in requests}  # sent again
         with self._or_lost(RankError):
             if self._call is None:
                 self.instance.open(self.number, self.options, self.order, self.house)
@@ -232,7 +234,7 @@ class RemoteEngine:
             self.baton.name if self.baton else None,
         )  # fmt: skip
         with self._or_lost(RankError), uninterrupted():
-            self._fresh = False
+            self._fresh, self._asked = False, frozenset(self.requests)
             self._call = self.instance.ranks.begin(
                 serve, self.instance.name, self.number, recording, on_event=self._hear
             )
@@ -245,6 +247,8 @@ class RemoteEngine:
             if not over and not self.requests:
                 self._call.result()
                 over = True
+            if over and (silent := self._asked & self.requests.keys()):
+                raise RuntimeError(f"the ranks came to rest, and said nothing of requests {sorted(silent)}")
         if over:
             self._call = None
             self.recorder.trace.spans.sort(key=lambda span: span.end_s)

@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import EXAMPLES, gone
@@ -257,6 +258,27 @@ def test_two_engines_on_the_same_replicas_notice_the_same_loss(one: LLM, folder:
             for each in (llm, twin):
                 assert [output.token_ids for output in each.generate([[1], [2]], LONG)] == expected
         twin.close()
+
+
+@pytest.mark.parametrize("layout", ["dp=2", "prefill=1xtp=1,decode=1xtp=1"])
+def test_what_gets_lost_on_its_way_is_noticed(
+    one: LLM, folder: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that never arrives: the ranks come to rest, and say nothing of its requests, which then go on elsewhere."""
+    prompts, params = [[number, 2, 3] for number in range(6)], SamplingParams(max_tokens=20, ignore_eos=True)
+    expected = [each.token_ids for each in one.generate(prompts, params)]
+    post, posted = Ranks.post, []
+
+    def once(ranks: Ranks, rank: int, message: Any) -> None:
+        posted.append(message)
+        if len(posted) != 2:
+            post(ranks, rank, message)
+
+    with LLM(folder, layout, device="cpu") as llm:
+        monkeypatch.setattr(Ranks, "post", once)
+        with pytest.warns(RuntimeWarning, match="came to rest, and said nothing of requests"):
+            assert [each.token_ids for each in llm.generate(prompts, params)] == expected
+        assert len(llm.engine.losses) == 1 and llm.engine.load.used_blocks == 0
 
 
 def test_a_router_with_a_mistake_is_told(several: dict[str, LLM]) -> None:
