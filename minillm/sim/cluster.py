@@ -121,15 +121,54 @@ class Wires:
         return self.link.time_s(task.prompt * self.token_bytes / self.layers)
 
 
-class Apart(Cluster):
+class Moving(Cluster):
+    """Machines between which caches move, over `wires`. Subclasses say between which."""
+
+    def __init__(self, kinds: Sequence[Kind], wires: Wires) -> None:
+        super().__init__(kinds)
+        self.wires = wires
+        self._sent: set[int] = set()  # through the link before the prompt was read
+
+    def ends(self, task: Task) -> tuple[int, int]:
+        """Who reads a request's prompt, and who goes on with it."""
+        raise NotImplementedError
+
+    def moved(self, task: Task) -> bool:
+        """Its cache is where it goes on: whether the reader may forget it."""
+        raise NotImplementedError
+
+    def read(self, task: Task) -> None:
+        """Its prompt has been read: if its cache is through the link but for the last layer, that follows."""
+        if task.request_id in self._sent:
+            self._sent.remove(task.request_id)
+            self.clock.at(self.clock.now_s + self.wires.last_layer_s(task), self._came, task)
+
+    def has_room(self, machine: Machine, task: Task) -> None:
+        self.clock.at(self.wires.sent_s(task, self.ends(task)[0], self.clock.now_s), self._through, task)
+
+    def _through(self, task: Task) -> None:
+        """All that its sender had of a cache is through the link."""
+        if task.given:
+            self.clock.at(max(self.clock.now_s, task.first_s + self.wires.last_layer_s(task)), self._came, task)
+        else:
+            self._sent.add(task.request_id)
+
+    def _came(self, task: Task) -> None:
+        reader, decoder = self.ends(task)
+        task.came_s = self.clock.now_s
+        if self.moved(task):
+            self.machines[reader].release(task.prompt)
+        self.machines[decoder].join(task)
+
+
+class Apart(Moving):
     """Machines with roles: some read prompts, others go on with them; a `dispatcher` chooses, as it does for the engine."""
 
     def __init__(self, kinds: Sequence[Kind], dispatcher: Dispatcher, wires: Wires) -> None:
-        super().__init__(kinds)
+        super().__init__(kinds, wires)
         if len(dispatcher.roles) != len(kinds):
             raise ValueError(f"{len(dispatcher.roles)} roles for {len(kinds)} machines: give each of them one")
-        self.dispatcher, self.wires = dispatcher, wires
-        self._sent: set[int] = set()  # through the link before the prompt was read
+        self.dispatcher = dispatcher
 
     def arrive(self, task: Task) -> None:
         task.handed = task.new > 1
@@ -143,29 +182,15 @@ class Apart(Cluster):
         onward = self.dispatcher.read(task.request_id)
         if onward is not None:
             self.machines[onward].expect(task)
-        elif task.request_id in self._sent:
-            self._sent.remove(task.request_id)
-            self.clock.at(self.clock.now_s + self.wires.last_layer_s(task), self._came, task)
-
-    def has_room(self, machine: Machine, task: Task) -> None:
-        sender = self.dispatcher.ways[task.request_id].prefill
-        self.clock.at(self.wires.sent_s(task, sender, self.clock.now_s), self._through, task)
+        else:
+            self.read(task)
 
     def finished(self, machine: Machine, task: Task) -> None:
         self.dispatcher.ended(task.request_id)
 
-    def _through(self, task: Task) -> None:
-        """All that its sender had of a cache is through the link."""
-        if task.given:
-            self.clock.at(max(self.clock.now_s, task.first_s + self.wires.last_layer_s(task)), self._came, task)
-        else:
-            self._sent.add(task.request_id)
+    def ends(self, task: Task) -> tuple[int, int]:
+        way = self.dispatcher.ways[task.request_id]
+        return way.prefill, way.decode
 
-    def _came(self, task: Task) -> None:
-        """A cache is where its request goes on."""
-        task.came_s = self.clock.now_s
-        decode = self.dispatcher.ways[task.request_id].decode
-        prefill = self.dispatcher.came(task.request_id)
-        if prefill is not None:
-            self.machines[prefill].release(task.prompt)
-        self.machines[decode].join(task)
+    def moved(self, task: Task) -> bool:
+        return self.dispatcher.came(task.request_id) is not None

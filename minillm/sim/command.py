@@ -71,7 +71,7 @@ def _colocated(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
     return Together([Kind(costs, limits, 8)] * count, CHOICES[options.router](count))
 
 
-def _served(options: argparse.Namespace) -> splitwise.Served:
+def _served(options: argparse.Namespace) -> splitwise.Hosted:
     known = {"bloom-176b": splitwise.BLOOM, "llama-2-70b": splitwise.LLAMA}
     name = (options.model or "bloom-176b").lower()
     if name not in known:

@@ -15,7 +15,7 @@ from minillm.hardware.devices import Link
 from minillm.policy.handing import Role
 from minillm.policy.pools import Pools
 from minillm.policy.router import ShortestQueue
-from minillm.sim.cluster import Cluster, Kind, Together, Wires
+from minillm.sim.cluster import Cluster, Kind, Moving, Together, Wires
 from minillm.sim.costs import Measured, at
 from minillm.sim.machine import Limits, Machine
 from minillm.sim.task import Task
@@ -45,7 +45,7 @@ TYPES = {"A": A100, "H": H100, "Hcap": H100_CAPPED}
 
 
 @dataclass(frozen=True)
-class Served:
+class Hosted:
     """A model on such machines: KV bytes a token, and what fits beside the weights of 640 GB."""
 
     name: str
@@ -54,8 +54,8 @@ class Served:
     layers: int
 
 
-BLOOM = Served("BLOOM-176B", 2 * 70 * 14336 * 2.0, int((640e9 - 352e9) / (2 * 70 * 14336 * 2)), 70)
-LLAMA = Served("Llama-2-70B", 2 * 80 * 1024 * 2.0, int((640e9 - 140e9) / (2 * 80 * 1024 * 2)), 80)
+BLOOM = Hosted("BLOOM-176B", 2 * 70 * 14336 * 2.0, int((640e9 - 352e9) / (2 * 70 * 14336 * 2)), 70)
+LLAMA = Hosted("Llama-2-70B", 2 * 80 * 1024 * 2.0, int((640e9 - 140e9) / (2 * 80 * 1024 * 2)), 80)
 
 
 @dataclass(frozen=True)
@@ -88,61 +88,48 @@ class Design:
         return self.prompts + self.tokens
 
 
-class Pooled(Cluster):
+class Pooled(Moving):
     """Machines in two pools and a mixed one, as `policy/pools.py` says."""
 
     def __init__(self, kinds: Sequence[Kind], pools: Pools, wires: Wires) -> None:
-        super().__init__(kinds)
-        self.pools, self.wires = pools, wires
-        self._sent: set[int] = set()  # through the link before the prompt was read
+        super().__init__(kinds, wires)
+        self.pools = pools
 
     def arrive(self, task: Task) -> None:
-        prompt_at, token_at = self.pools.place(task.request_id, task.prompt, task.new)
-        task.handed = prompt_at != token_at and task.new > 1
-        self.machines[prompt_at].add(task)
+        reader, decoder = self.pools.place(task.request_id, task.prompt, task.new)
+        task.handed = reader != decoder and task.new > 1
+        self.machines[reader].add(task)
 
     def started(self, machine: Machine, task: Task) -> None:
         if task.handed:
-            self.machines[self.pools.placed[task.request_id].token_at].expect(task)
+            self.machines[self.ends(task)[1]].expect(task)
 
     def first(self, machine: Machine, task: Task) -> None:
         self.pools.read(task.request_id)
-        if task.request_id in self._sent:
-            self._sent.remove(task.request_id)
-            self.clock.at(self.clock.now_s + self.wires.last_layer_s(task), self._came, task)
-
-    def has_room(self, machine: Machine, task: Task) -> None:
-        sender = self.pools.placed[task.request_id].prompt_at
-        self.clock.at(self.wires.sent_s(task, sender, self.clock.now_s), self._through, task)
+        self.read(task)
 
     def finished(self, machine: Machine, task: Task) -> None:
-        placed = self.pools.placed[task.request_id]
+        reader, decoder = self.ends(task)
         if task.given == 1:
             self.pools.read(task.request_id)
-        if placed.prompt_at != placed.token_at and task.given == 1:
-            self.pools.moved(task.request_id)
+            if reader != decoder:
+                self.pools.moved(task.request_id)
         self.pools.ended(task.request_id)
 
     def idle(self, machine: Machine) -> None:
         if machine.drained:
             self.pools.idle(machine.number)
 
-    def _through(self, task: Task) -> None:
-        if task.given:
-            self.clock.at(max(self.clock.now_s, task.first_s + self.wires.last_layer_s(task)), self._came, task)
-        else:
-            self._sent.add(task.request_id)
-
-    def _came(self, task: Task) -> None:
-        """A cache is where its request goes on."""
+    def ends(self, task: Task) -> tuple[int, int]:
         placed = self.pools.placed[task.request_id]
-        task.came_s = self.clock.now_s
+        return placed.prompt_at, placed.token_at
+
+    def moved(self, task: Task) -> bool:
         self.pools.moved(task.request_id)
-        self.machines[placed.prompt_at].release(task.prompt)
-        self.machines[placed.token_at].join(task)
+        return True
 
 
-def build(design: Design, model: Served = BLOOM, link: Link | None = None, as_released: bool = True) -> Cluster:
+def build(design: Design, model: Hosted = BLOOM, link: Link | None = None, as_released: bool = True) -> Cluster:
     """The cluster of a design. Without a `link` caches move as in the released simulator: 200 GiB/s for each of them, all at once."""
     kind = partial(_kind, model, as_released)
     if design.token is None:
@@ -155,12 +142,12 @@ def build(design: Design, model: Served = BLOOM, link: Link | None = None, as_re
     return Pooled(kinds, Pools(homes, [model.cache_tokens] * len(kinds)), wires)
 
 
-def _kind(model: Served, as_released: bool, machine: MachineType) -> Kind:
+def _kind(model: Hosted, as_released: bool, machine: MachineType) -> Kind:
     costs = Measured.published(model.name, machine.gpu, machine.capped, as_released)
     return Kind(costs, Limits(model.cache_tokens, MAX_BATCH, MAX_TOKENS), gpus=8)
 
 
-def slow_downs(tasks: Sequence[Task], model: Served = BLOOM) -> dict[str, list[float]]:
+def slow_downs(tasks: Sequence[Task], model: Hosted = BLOOM) -> dict[str, list[float]]:
     """TTFT, TBT and E2E of all requests over those of an A100 machine that has nothing else to do, at P50, P90, P99."""
     alone = Measured.published(model.name, "A100", as_released=True)
     prompt = np.array([alone.prompt_s(task.prompt, 0) for task in tasks])
@@ -177,7 +164,7 @@ def slow_downs(tasks: Sequence[Task], model: Served = BLOOM) -> dict[str, list[f
     }
 
 
-def misses(tasks: Sequence[Task], model: Served = BLOOM) -> list[str]:
+def misses(tasks: Sequence[Task], model: Hosted = BLOOM) -> list[str]:
     """Which of the nine objectives are not kept, and by how much; empty when all are."""
     found = slow_downs(tasks, model)
     return [
