@@ -56,7 +56,7 @@ gpu:
 
 # Every benchmark of bench/, raw figures to bench/results
 bench: setup-test
-	@for script in ranks decode trace serving pipeline tensor data experts distkv disagg fidelity; do $(BIN)/python bench/$$script.py; done
+	@for script in ranks decode trace serving pipeline tensor data experts distkv disagg fidelity simulation; do $(BIN)/python bench/$$script.py; done
 
 lint: setup-test
 	$(BIN)/ruff check --fix .
