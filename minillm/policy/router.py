@@ -106,7 +106,7 @@ class LeastTokens(Router):
     """Where the fewest tokens are outstanding: prompts to read and tokens to give. Of equals the first."""
 
     def prefer(self, present: Sequence[int], prompt: Sequence[int]) -> int:
-        return min(present, key=self.tokens.__getitem__)
+        return min(present, key=lambda replica: self.tokens[replica])
 
 
 class ShortestQueue(LeastTokens):

@@ -53,8 +53,8 @@ ways = {"together": together, "in chunks": together.with_options(cut), "apart": 
 # %%
 from minillm.lesson.predict import Predict
 
-gap = Predict("13.gap", "Together, while the long prompt is read: the longest gap (ITL) between two tokens "
-              "of a short answer?", "ms", 20, 20_000)
+gap = Predict("13.gap", "Together, while the long prompt is read: the longest gap (ITL) between "
+              "two tokens of a short answer?", "ms", 20, 20_000)
 gap
 
 # %% tags=["nbval-ignore-output"]
@@ -210,9 +210,10 @@ def gain(rates):
 
 loose.reveal(
     gain(rates_for(100)),
-    "Splitting adds no throughput: no step gets faster by it, and vLLM's documentation says so, too. What "
-    "gets through is what the slower kind lets through. It can add goodput, where the goal is strict: at "
-    f"10 ms it is {gain(rates_for(10)):.2f} times, since who reads prompts in between must keep batches small.",
+    "Splitting adds no throughput: no step gets faster by it, and vLLM's documentation says so, too. "
+    "What gets through is what the slower kind lets through. It can add goodput, where the goal is "
+    f"strict: at 10 ms it is {gain(rates_for(10)):.2f} times, since who reads prompts in between must "
+    "keep batches small.",
     how="by formula",
 )
 
@@ -294,8 +295,8 @@ _ = pools[1].run(forget, 0)
 # %%
 early.reveal(
     2,
-    f"All layers: “{right}” Without ten: “{wrong}” The first token comes from the instance that read "
-    "the prompt. Nobody notices that the rest is wrong: a cache has no checksum. So the receiver "
+    f"All layers: “{right}” Without ten: “{wrong}” The first token comes from the instance that "
+    "read the prompt. Nobody notices that the rest is wrong: a cache has no checksum. So the receiver "
     "counts what comes, and decode waits for all of it.",
 )
 

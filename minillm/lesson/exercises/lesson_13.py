@@ -70,9 +70,7 @@ def drive_plan(function: Callable[..., Any], case: Case) -> Outcome:
         by = came.get((target, layer, head), [])
         if len(by) != 1:
             often = f"{len(by)} times, from sources {' and '.join(map(str, by))}" if by else "never"
-            raise RuleError(
-                f"head {head} of layer {layer} comes to target {target} {often}: expected once (sources {sources}, targets {targets})"
-            )
+            raise RuleError(f"head {head} of layer {layer} comes to target {target} {often}: expected once")
     return Outcome([len(wanted)], len(sends))
 
 
