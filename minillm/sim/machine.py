@@ -7,17 +7,16 @@ are alike but for the growing context: it leaps over as many as nothing can happ
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
 from minillm.policy.queue import Queue
 from minillm.sim.clock import Clock
 from minillm.sim.costs import Costs
+from minillm.sim.decodes import Decodes
+from minillm.sim.leap import Leap
 from minillm.sim.task import Task
 
 
@@ -58,34 +57,6 @@ class Owner(Protocol):
     def idle(self, machine: Machine) -> None: ...
 
 
-@dataclass(slots=True)
-class Leap:
-    """Decode steps that are taken in one go: so many, from a second on; the first takes `base_s` and `slope_s` a token of context."""
-
-    began_s: float
-    steps: int
-    base_s: float
-    slope_s: float
-    batch: int
-    context: int
-
-    def run_s(self, steps: int) -> float:
-        """Seconds of its first steps, each reading a token more of every request."""
-        read = steps * (self.context + self.batch) + self.batch * steps * (steps - 1) // 2
-        return steps * self.base_s + self.slope_s * read
-
-    def step_under_way(self, now_s: float) -> int:
-        """The number of its step that ends at `now_s` or next."""
-        low, high = 1, self.steps
-        while low < high:
-            middle = (low + high) // 2
-            if self.began_s + self.run_s(middle) >= now_s:
-                high = middle
-            else:
-                low = middle + 1
-        return low
-
-
 class Machine:
     """Machine `number`. `admits(machine, task)` may hold back a request that is to come from elsewhere though it would fit."""
 
@@ -104,22 +75,15 @@ class Machine:
         self.admits = admits or (lambda machine, task: True)
         self.expected: deque[Task] = deque()  # they come from other machines, and wait for room here
         self.reading: list[Task] = []  # prompts begun
-        self.batch = self.context = 0  # requests that decode, and their tokens in the cache
+        self.decodes = Decodes()
         self.coming = 0  # requests with room here whose caches are on the way
         self.used = 0  # tokens of the cache that are taken
         self.busy_s = 0.0
         self._joining: list[Task] = []
-        self._decoding: list[
-            tuple[int, int, Task, int]
-        ] = []  # a heap: (last step, count, task, the step it joined after)
-        self._steps = 0  # decode steps so far
-        self._order = count()
         self._busy = self._woken = False
         self._leap: Leap | None = None
         self._version = 0  # of the leap
-        self._gaps: tuple[list[int], list[float]] = ([], [])  # after which step, how long it took
         self._stalled_s = 0.0  # prompts since the last decode step
-        self._fresh: list[Task] = []  # decode from the next step on
         self._free_s = [0.0] * costs.stages  # when each stage is
 
     def add(self, task: Task) -> None:
@@ -147,14 +111,9 @@ class Machine:
         self._poke()
 
     @property
-    def decoding(self) -> list[tuple[Task, int]]:
-        """Who decodes, and how many tokens each has been given by now."""
-        return [(task, task.given + self._steps - joined) for _, _, task, joined in self._decoding]
-
-    @property
     def drained(self) -> bool:
         """Whether nothing is here or on its way."""
-        return not (self.waiting or self.expected or self.reading or self.batch or self.coming or self._joining)
+        return not (self.waiting or self.expected or self.reading or self.decodes.batch or self.coming or self._joining)
 
     @property
     def free(self) -> int:
@@ -197,7 +156,7 @@ class Machine:
     @property
     def _running(self) -> int:
         """Requests that have a place."""
-        return self.batch + len(self.reading) + len(self._joining) + self.coming
+        return self.decodes.batch + len(self.reading) + len(self._joining) + self.coming
 
     def _claim(self, task: Task) -> int:
         """Tokens that are taken for a request whose prompt is read here."""
@@ -210,7 +169,7 @@ class Machine:
     def _begin(self) -> None:
         """The next step, if there is anything to do."""
         for task in self._joining:
-            self._decode(task)
+            self.decodes.join(task)
         self._joining.clear()
         while self.expected and self._may_come(self.expected[0]):
             task = self.expected.popleft()
@@ -219,7 +178,7 @@ class Machine:
             self.owner.has_room(self, task)
         if parts := self._pick(alone=self._make_room()):
             self._read(parts)
-        elif self.batch:
+        elif self.decodes.batch:
             self._decode_on()
         else:
             self.owner.idle(self)
@@ -232,7 +191,7 @@ class Machine:
         """The prompts of the next step: (request, from, to); `alone` those that were begun."""
         limits = self.limits
         parts: list[tuple[Task, int, int]] = []
-        budget = limits.max_step_tokens - (0 if limits.apart else self.batch)
+        budget = limits.max_step_tokens - (0 if limits.apart else self.decodes.batch)
         for task in self.reading:
             if budget > 0 and task.read < task.tokens:
                 budget -= self._part(task, budget, parts)
@@ -261,14 +220,14 @@ class Machine:
         """Read prompts, while those that decode go along or stand still."""
         tokens = sum(end - begin for _, begin, end in parts)
         squares = sum(end * end - begin * begin for _, begin, end in parts)
-        now_s, along = self.clock.now_s, bool(self.batch) and not self.limits.apart
+        now_s, along = self.clock.now_s, bool(self.decodes.batch) and not self.limits.apart
         if along:
-            took_s = self.costs.mixed_s(tokens, squares, self.batch, self.context + self.batch)
+            took_s = self.costs.mixed_s(tokens, squares, self.decodes.batch, self.decodes.context + self.decodes.batch)
         else:
             took_s = self.costs.prompt_s(tokens, squares)
         self._busy = True
         done = [task for task, _, end in parts if end == task.tokens]
-        if self.costs.stages > 1 and not self.batch:
+        if self.costs.stages > 1 and not self.decodes.batch:
             self.clock.at(self._through_stages(took_s), self._come_out, done)
             self.clock.at(self._free_s[0], self._next_batch)
             return
@@ -299,7 +258,7 @@ class Machine:
         """A step with prompts has ended."""
         if along:
             self._advance(1, self._stalled_s + took_s)
-        elif self.batch:
+        elif self.decodes.batch:
             self._stalled_s += took_s
         for task in done:
             self._give(task)
@@ -321,25 +280,17 @@ class Machine:
         if task.given == 1:
             self.owner.first(self, task)
         if not task.handed:
-            self._decode(task)
-
-    def _decode(self, task: Task) -> None:
-        """A request decodes from now on."""
-        last = self._steps + task.new - task.given
-        heapq.heappush(self._decoding, (last, next(self._order), task, self._steps))
-        self.batch += 1
-        self.context += task.read
-        self._fresh.append(task)
+            self.decodes.join(task)
 
     def _decode_on(self) -> None:
         """Decode until somebody ends, or room runs out."""
-        steps = self._decoding[0][0] - self._steps
+        decodes, steps = self.decodes, self.decodes.until_one_ends
         if not self.limits.reserve:
-            steps = min(steps, self.free // self.batch)
-        base_s, slope_s = self.costs.decode(self.batch)
-        leap = self._leap = Leap(self.clock.now_s, steps, base_s, slope_s, self.batch, self.context)
+            steps = min(steps, self.free // decodes.batch)
+        base_s, slope_s = self.costs.decode(decodes.batch)
+        leap = self._leap = Leap(self.clock.now_s, steps, base_s, slope_s, decodes.batch, decodes.context)
         self._busy, self._version = True, self._version + 1
-        self._first_gap(leap.began_s + leap.run_s(1))
+        decodes.first_gap(leap.began_s + leap.run_s(1))
         self.clock.at(leap.began_s + leap.run_s(steps), self._leap_over, self._version)
 
     def _leap_over(self, version: int) -> None:
@@ -354,38 +305,12 @@ class Machine:
     def _advance(self, steps: int, longest_s: float) -> None:
         """All who decode have been given so many tokens; the longest of these steps took so long."""
         self._stalled_s = 0.0
-        if self._fresh:
-            self._first_gap(self.clock.now_s)
-        self._steps += steps
-        self.context += self.batch * steps
+        self.decodes.first_gap(self.clock.now_s)
         if not self.limits.reserve:
-            self.used += self.batch * steps
-        self._gaps[0].append(self._steps)
-        self._gaps[1].append(longest_s)
-        while self._decoding and self._decoding[0][0] <= self._steps:
-            _, _, task, joined = heapq.heappop(self._decoding)
-            self._leave(task, joined)
+            self.used += self.decodes.batch * steps
+        for task in self.decodes.advance(steps, longest_s):
             self.used -= task.longest if self.limits.reserve else task.read
             self._end(task)
-        if not self._decoding:
-            self._gaps = [], []
-
-    def _leave(self, task: Task, joined: int) -> None:
-        """It decodes no more: note what it has been given."""
-        steps = self._steps - joined
-        task.given += steps
-        task.read += steps
-        self.batch -= 1
-        self.context -= task.read
-        since = bisect_right(self._gaps[0], joined)
-        task.longest_gap_s = max(task.longest_gap_s, max(self._gaps[1][since:], default=0.0))
-
-    def _first_gap(self, now_s: float) -> None:
-        """Who has just begun to decode is given the second token then."""
-        for task in self._fresh:
-            if task.given == 1:
-                task.longest_gap_s = now_s - task.first_s
-        self._fresh.clear()
 
     def _end(self, task: Task) -> None:
         task.finished_s = self.clock.now_s
@@ -393,13 +318,10 @@ class Machine:
 
     def _make_room(self) -> bool:
         """Every request that decodes needs room for a token: put the last ones back until there is some; whether any was."""
-        before = self.batch
-        while not self.limits.reserve and self.batch > self.free:
-            place = max(range(len(self._decoding)), key=lambda each: self._decoding[each][2].arrival_s)
-            _, _, task, joined = self._decoding.pop(place)
-            heapq.heapify(self._decoding)
-            self._leave(task, joined)
+        before = self.decodes.batch
+        while not self.limits.reserve and self.decodes.batch > self.free:
+            task = self.decodes.put_back()
             self.used -= task.read
             task.read, task.preemptions, task.put_back_s = 0, task.preemptions + 1, self.clock.now_s
             self.waiting.put_back(task)
-        return self.batch < before
+        return self.decodes.batch < before

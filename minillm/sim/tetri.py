@@ -92,7 +92,9 @@ class Tetri(Apart):
 
     def _admits(self, machine: Machine, task: Task) -> bool:
         """The gate of a decode instance."""
-        running = [Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decoding]
+        running = [
+            Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
+        ]
         return GATES[self.setup.gate](task.tokens, task.predicted, machine.free, running)
 
     def _broadcast(self) -> None:

@@ -112,7 +112,7 @@ def test_everyone_is_served_and_nothing_is_kept(work: list[Arrival], limits: Lim
             assert task.arrival_s <= task.started_s < task.first_s <= task.finished_s
             assert task.longest_gap_s >= task.tpot_s * (1 - 1e-9)
         for machine in cluster.machines:
-            assert machine.drained and machine.used == machine.context == machine.batch == 0
+            assert machine.drained and machine.used == machine.decodes.context == machine.decodes.batch == 0
 
 
 def test_a_cache_that_moves_layer_by_layer_is_there_a_layer_after_the_prompt_is_read() -> None:
