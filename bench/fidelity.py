@@ -45,7 +45,7 @@ def simulated(found: Calibration, layout: str, token_bytes: float) -> Cluster:
     alpha_s, byte_s = found.transfer or (0.0, 0.0)
     link = Link("calibrated", 1 / byte_s if byte_s else 1e15, alpha_s, "calibrated")
     dispatcher = Dispatcher([Role.PREFILL, Role.DECODE], LeastTokens(2), LeastTokens(2), early=True)
-    return Apart(kinds, dispatcher, Wires(link, token_bytes, 30))
+    return Apart(kinds, dispatcher, Wires(link, token_bytes, 1))  # what is seen of a move was measured
 
 
 def figures(lives: Any) -> dict[str, float]:

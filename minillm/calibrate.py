@@ -10,10 +10,12 @@ from random import Random
 
 import numpy as np
 
+from minillm.disagg.layout import SplitLayout
+from minillm.engine.request import Request
 from minillm.hardware.profiles import Fit
 from minillm.llm import LLM
 from minillm.model.sampling import SamplingParams
-from minillm.trace.life import Event
+from minillm.trace.life import Event, RequestLife
 
 PROMPTS = (16, 48, 96, 160, 256, 384)
 BATCHES = (1, 2, 4, 8)
@@ -59,40 +61,78 @@ class Calibration:
 
 
 def calibrate(llm: LLM) -> Calibration:
-    """Run the grid, about half a minute on a laptop, and fit; moves are measured where the layout has some."""
-    longest = llm.config.max_positions - STEPS - 1
-    prompts = [each for each in PROMPTS if each <= min(longest, llm.options.max_step_tokens)]
-    random, reads, steps, moves = Random(0), [], [], []
-    _serve(llm, 1, 32, random)
+    """Run the grid, about a minute on a laptop, and fit. Where prefill and decode are on different ranks, each is measured while the other
+    one is busy, as it is under load: they share the machine's memory. Moves of caches are measured, too.
+    """
+    grid = _Grid(llm)
+    grid.serve(1, 32)
     for _ in range(ROUNDS):
-        for length in prompts:
-            life = _serve(llm, 1, length, random, 2)[0]
-            reads.append(Measure((1.0, length, length * length), life.ttft_s))
-            if any(event is Event.CAME for event, _ in life.moments):
-                size = length * llm.config.kv_numbers_per_token * llm.dtype.itemsize
-                moves.append(Measure((1.0, size), max(1e-6, life.first(Event.CAME) - life.first(Event.TRANSFER))))
-        for batch in BATCHES:
-            for length in (each for each in CONTEXTS if each <= longest):
-                lives = _serve(llm, batch, length, random)
-                begins = max(life.token_s[0] for life in lives)  # from then on all decode
-                for number in range(1, STEPS - 1):
-                    ends = [life.token_s[number] for life in lives]
-                    before = max(max(life.token_s[number - 1] for life in lives), begins)
-                    if max(ends) - min(ends) < 0.5 * (min(ends) - before) and min(ends) > before:
-                        steps.append(Measure((1.0, batch * (length + number), batch), min(ends) - before))
-    prompt, prompt_error = _fitted(reads)
-    decode, decode_error = _fitted(steps)
-    transfer = _fitted(moves)[0] if moves else None
+        grid.read_prompts()
+        grid.decode()
+    prompt, prompt_error = _fitted(grid.reads)
+    decode, decode_error = _fitted(grid.steps)
+    transfer = _fitted(grid.moves)[0] if grid.moves else None
     thousand = lambda each: tuple(1e3 * value for value in each)  # noqa: E731
     fit = Fit(thousand(prompt), thousand(decode), thousand(decode))  # type: ignore[arg-type]
     return Calibration(fit, prompt_error, decode_error, (transfer[0], transfer[1]) if transfer else None)
 
 
-def _serve(llm: LLM, batch: int, length: int, random: Random, new: int = STEPS) -> list:
-    """So many prompts of random tokens at once; their lives."""
-    prompts = [random.choices(range(llm.config.vocab_size // 2), k=length) for _ in range(batch)]
-    llm.generate(prompts, SamplingParams(max_tokens=new, ignore_eos=True))
-    return llm.trace.lives
+class _Grid:
+    """Loads of one kind each, and what they took."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.random, self.split = llm, Random(0), isinstance(llm.layout, SplitLayout)
+        self.longest = llm.config.max_positions - STEPS - 1
+        self.reads: list[Measure] = []
+        self.steps: list[Measure] = []
+        self.moves: list[Measure] = []
+
+    def read_prompts(self) -> None:
+        """Prompts, one at a time; other ranks decode meanwhile, if there are any."""
+        others = self.begin(2, 24, min(400, self.longest - 32)) if self.split else []
+        for length in (each for each in PROMPTS if each <= min(self.longest, self.llm.options.max_step_tokens)):
+            (life,) = self.serve(1, length, 2)
+            self.reads.append(Measure((1.0, length, length * length), life.ttft_s))
+            if self.split:
+                size = length * self.llm.config.kv_numbers_per_token * self.llm.dtype.itemsize
+                took_s = life.first(Event.CAME) - max(life.first(Event.TRANSFER), life.first(Event.TOKEN))
+                self.moves.append(Measure((1.0, size), max(1e-4, took_s)))
+        self.llm.cancel(others)
+
+    def decode(self) -> None:
+        """Batches of equal requests; other ranks read prompts meanwhile, if there are any."""
+        for batch in BATCHES:
+            for length in (each for each in CONTEXTS if each <= self.longest):
+                lives = self.serve(batch, length, prompts=2 if self.split else 0)
+                for number in range(2, STEPS - 1):
+                    before = [life.token_s[number - 1] for life in lives]
+                    after = [life.token_s[number] for life in lives]
+                    if max(before) < min(after):  # one step gave a token to all
+                        self.steps.append(Measure((1.0, batch * (length + number), batch), min(after) - min(before)))
+
+    def begin(self, batch: int, length: int, new: int) -> list[Request]:
+        """Let so many requests begin to decode."""
+        prompts = [self.random.choices(range(self.llm.config.vocab_size // 2), k=length) for _ in range(batch)]
+        requests = self.llm.prepare(prompts, SamplingParams(max_tokens=new, ignore_eos=True))
+        self.llm.submit(requests)
+        while not all(request.token_ids for request in requests):
+            self.llm.step()
+        return requests
+
+    def serve(self, batch: int, length: int, new: int = STEPS, prompts: int = 0) -> list[RequestLife]:
+        """Serve so many requests, and meanwhile as many `prompts`; their lives."""
+        requests = self.begin(batch, length, new)
+        others = [each for _ in range(prompts) for each in self._long_prompt()]
+        while any(request.finish_reason is None for request in requests):
+            self.llm.step()
+        self.llm.cancel(others)
+        return [request.life for request in requests]
+
+    def _long_prompt(self) -> list[Request]:
+        prompt = self.random.choices(range(self.llm.config.vocab_size // 2), k=min(300, self.longest))
+        requests = self.llm.prepare([prompt], SamplingParams(max_tokens=1))
+        self.llm.submit(requests)
+        return requests
 
 
 def _fitted(measures: Sequence[Measure]) -> tuple[tuple[float, ...], float]:
