@@ -24,7 +24,9 @@ def life(number: int, prompt: int, tokens: list[float], arrived: float = 0.0) ->
 
 def test_the_longest_gap_is_named() -> None:
     lives = [life(0, 8, [0.1, 0.2, 0.9, 1.0]), life(1, 100, [0.8, 0.9], 0.15)]
-    assert longest_gap(lives[:1]) == (0.2, 0.9)
+    assert longest_gap(lives) == (0.2, 0.9)
+    later = [life(0, 8, [0.1, 0.2, 0.35, 2.0]), life(1, 100, [0.3, 0.4], 0.15)]
+    assert longest_gap(later) == (0.2, 0.35), "only while the long prompt is read"
     axis = draw_stutter({"together": lives, "apart": lives}, "finding", "caption", guess_s=0.3).axes[0]
     texts = [text.get_text() for text in axis.texts]
     assert texts.count(" 700 ms") == 2 and " your guess" in texts
