@@ -9,6 +9,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from minillm import RankError, Ranks
+from minillm.lesson.magics import WIDE, wrapped
 
 
 @pytest.fixture
@@ -50,3 +51,10 @@ def test_a_notebook_shows_the_diagnosis_alone(shell: Any, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "rank 0 returned without calling barrier" in shown
     assert "job.py" not in shown
+
+
+def test_verdicts_are_broken_between_words() -> None:
+    text = "not solved yet. " + "expected 10, got 6, " * 12 + "\n  a short line"
+    lines = wrapped(text).splitlines()
+    assert all(len(line) <= WIDE for line in lines) and lines[-1] == "  a short line"
+    assert " ".join(lines[:-1]).split() == text.splitlines()[0].split()
