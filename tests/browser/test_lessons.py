@@ -484,7 +484,7 @@ def test_lesson_13(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "13_disaggregation.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "13")
-    ask = page.locator(".minillm-card", has_text="the longest gap between two tokens")
+    ask = page.locator(".minillm-card", has_text="the longest gap (ITL) between two tokens")
     guess_a_number(page, ask, 0.4, "ms")
     ask.last.screenshot(path=SHOTS / "13-stutter.png")
     plane = page.locator(".minillm-card", has_text="Click a way; drag the corner")
