@@ -65,7 +65,7 @@ def _colocated(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
         raise ValueError("--system colocated has machines that do both: write --cluster both=40xH100")
     machine, served = _machine(parts["both"]), _served(options)
     costs = Measured.published(served.name, machine.gpu, machine.capped)
-    chunk = options.chunk or splitwise.MAX_TOKENS
+    chunk = splitwise.MAX_TOKENS if options.chunk is None else options.chunk
     limits = Limits(served.cache_tokens, splitwise.MAX_BATCH, chunk, chunked=options.chunk is not None)
     count = parts["both"].count
     return Together([Kind(costs, limits, 8)] * count, CHOICES[options.router](count))
@@ -94,7 +94,12 @@ def _distserve(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
         raise ValueError(f"--model {options.model!r}: fitted are OPT-13B, OPT-66B")
     setting = distserve.Setting(model)
     if "both" in parts:
-        return distserve.colocated(setting, _parallelism(parts["both"]).tp, parts["both"].count, options.chunk)
+        whole = _parallelism(parts["both"])
+        if whole.pp > 1:
+            raise ValueError(
+                f"--cluster: machines that do both have no stages here, but pp={whole.pp} was asked: leave it out"
+            )
+        return distserve.colocated(setting, whole.tp, parts["both"].count, options.chunk)
     prefill, decode = parts["prefill"], parts["decode"]
     return distserve.build(
         distserve.Placement(_parallelism(prefill), _parallelism(decode), prefill.count, decode.count), setting
@@ -102,7 +107,13 @@ def _distserve(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
 
 
 def _tetriinfer(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
+    if options.model is not None or any(part.kind != "V100" for part in parts.values()):
+        raise ValueError(
+            "--system tetriinfer has OPT-13B on pairs of V100: write --cluster prefill=1xV100,decode=1xV100"
+        )
     if "both" in parts:
+        if parts["both"].count > 1:
+            raise ValueError("--system tetriinfer compares with one pair that does both: write --cluster both=1xV100")
         return tetri.baseline(tetri.v100_pair())
     setup = tetri.Setup(parts["prefill"].count, parts["decode"].count, gate=options.gate)
     return tetri.Tetri(setup, tetri.v100_pair(), options.seed)

@@ -118,7 +118,7 @@ def colocated(setting: Setting, tp: int, count: int = 1, chunk: int | None = Non
     limits = Limits(
         _cache(setting.model, Parallelism(tp)),
         MAX_DECODES,
-        chunk or 8192,
+        8192 if chunk is None else chunk,
         chunked=chunk is not None,
         apart=chunk is None,
     )

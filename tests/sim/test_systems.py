@@ -127,6 +127,11 @@ def test_the_command(system: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--seconds", "-1"], "--seconds -1: give a number above 0"),
         (["--slo-ttft", "1"], "an SLO has two sides"),
         (["--trace", "nowhere.csv"], "nowhere.csv: No such file or directory"),
+        (["--system", "colocated", "--chunk", "0", "--cluster", "both=2xH100"], "max_step_tokens=0: give a whole number from 1"),
+        (["--system", "distserve", "--cluster", "both=1xtp=1,pp=2"], "machines that do both have no stages here, but pp=2"),
+        (["--system", "distserve", "--cluster", "both=1xtp=3"], "nothing is published for DistServe OPT-13B tp=3"),
+        (["--system", "tetriinfer", "--cluster", "both=2xV100"], "one pair that does both"),
+        (["--system", "tetriinfer", "--cluster", "prefill=1xT4,decode=1xT4"], "has OPT-13B on pairs of V100"),
         (["--model", "gpt-5"], "--model 'gpt-5': measured are bloom-176b, llama-2-70b"),
     ],
 )  # fmt: skip
