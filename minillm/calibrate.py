@@ -60,15 +60,22 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(llm: LLM) -> Calibration:
+def calibrate(
+    llm: LLM,
+    rounds: int = ROUNDS,
+    prompts: Sequence[int] = PROMPTS,
+    batches: Sequence[int] = BATCHES,
+    contexts: Sequence[int] = CONTEXTS,
+) -> Calibration:
     """Run the grid, about a minute on a laptop, and fit. Where prefill and decode are on different ranks, each is measured while the other
-    one is busy, as it is under load: they share the machine's memory. Moves of caches are measured, too.
+    one is busy, as it is under load: they share the machine's memory. Moves of caches are measured, too. With fewer `rounds`, `prompts`,
+    `batches` and `contexts` (tokens) it takes less, and says less.
     """
     grid = _Grid(llm)
     grid.serve(1, 32)
-    for _ in range(ROUNDS):
-        grid.read_prompts()
-        grid.decode()
+    for _ in range(rounds):
+        grid.read_prompts(prompts)
+        grid.decode(batches, contexts)
     prompt, prompt_error = _fitted(grid.reads)
     decode, decode_error = _fitted(grid.steps)
     transfer = _fitted(grid.moves)[0] if grid.moves else None
@@ -87,10 +94,10 @@ class _Grid:
         self.steps: list[Measure] = []
         self.moves: list[Measure] = []
 
-    def read_prompts(self) -> None:
+    def read_prompts(self, lengths: Sequence[int]) -> None:
         """Prompts, one at a time; other ranks decode meanwhile, if there are any."""
         others = self.begin(2, 24, min(400, self.longest - 32)) if self.split else []
-        for length in (each for each in PROMPTS if each <= min(self.longest, self.llm.options.max_step_tokens)):
+        for length in (each for each in lengths if each <= min(self.longest, self.llm.options.max_step_tokens)):
             (life,) = self.serve(1, length, 2)
             self.reads.append(Measure((1.0, length, length * length), life.ttft_s))
             if self.split:
@@ -99,10 +106,10 @@ class _Grid:
                 self.moves.append(Measure((1.0, size), max(1e-4, took_s)))
         self.llm.cancel(others)
 
-    def decode(self) -> None:
+    def decode(self, batches: Sequence[int], contexts: Sequence[int]) -> None:
         """Batches of equal requests; other ranks read prompts meanwhile, if there are any."""
-        for batch in BATCHES:
-            for length in (each for each in CONTEXTS if each <= self.longest):
+        for batch in batches:
+            for length in (each for each in contexts if each <= self.longest):
                 lives = self.serve(batch, length, prompts=2 if self.split else 0)
                 for number in range(2, STEPS - 1):
                     before = [life.token_s[number - 1] for life in lives]

@@ -19,7 +19,7 @@ from minillm.disagg.pair import SENDER, Pair
 from minillm.disagg.receiver import Receiver, Stub
 from minillm.disagg.routes import Route, routes_between
 from minillm.disagg.sender import Sender, Wanted
-from minillm.engine.handing import Handing
+from minillm.engine.handing import Handing, guard
 from minillm.kv.paged import PagedCache
 from minillm.model.config import ModelConfig
 from minillm.model.decoder import Decoder
@@ -31,6 +31,7 @@ from minillm.parallel.member import Member, Seat
 from minillm.parallel.messages import Source
 from minillm.parallel.pipeline import Elsewhere
 from minillm.parallel.shards import Shard
+from minillm.policy.admission import GATES
 from minillm.policy.batch import Batch
 from minillm.policy.options import EngineOptions
 from minillm.ranks.membership import context
@@ -222,4 +223,6 @@ def equip(seat: Seat, member: Member, rank: int, door: Door) -> None:
     handover.watch(seat.stage.model)
     if seat.engine is not None:
         engine, early = seat.engine, seat.options.kv_transfer != "whole"
+        if seat.options.gate != "greedy":
+            guard(engine.scheduler, GATES[seat.options.gate])
         engine.handing = Handing(engine.scheduler, engine.requests, Leader(handover), early)

@@ -6,12 +6,14 @@ Instances are replicas that need not be alike, and are lost and started anew lik
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 
+from minillm.disagg.control import Control, make_dispatcher
 from minillm.disagg.handover import equip
 from minillm.disagg.layout import SplitLayout
 from minillm.engine.handing import Note, What
@@ -21,10 +23,10 @@ from minillm.parallel.door import House
 from minillm.parallel.instance import Instance, check_ranks, start_alike
 from minillm.parallel.messages import Source
 from minillm.parallel.remote import RemoteEngine
-from minillm.policy.handing import NOBODY, Dispatcher, Role, Way
+from minillm.policy.handing import NOBODY, Role, Way
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Order, first_come
-from minillm.policy.router import LeastTokens, Router
+from minillm.policy.router import Router
 from minillm.ranks.pool import Ranks
 from minillm.ranks.signals import uninterrupted
 from minillm.trace.recorder import Recorder
@@ -60,7 +62,7 @@ def split_pools(layout: SplitLayout, device: str) -> list[Ranks]:
 
 
 class Split(Replicas):
-    """Instances with `roles`, in order. `router` chooses among those for prefill; for decode it is who has the fewest tokens to give."""
+    """Instances with `roles`, in order. `router` chooses among those for prefill, and the options say who decodes."""
 
     def __init__(
         self,
@@ -71,14 +73,20 @@ class Split(Replicas):
         router: Router,
         order: Order = first_come,
     ) -> None:
-        self.dispatcher = Dispatcher(roles, router, LeastTokens(len(roles)), options.kv_transfer != "whole")
+        self.dispatcher = make_dispatcher(roles, options, router)
         super().__init__(instances, options, recorder, self.dispatcher, order, House(equip))
+        self.control = Control(self.dispatcher, self.engines, options)
 
     def flip(self, instance: int, role: Role) -> None:
         """Let an instance have another role once its last request has left it; no weights are read. Raises `ValueError` when nobody
         else would have the old one.
         """
         self.dispatcher.flip(instance, role)
+
+    def step(self) -> list[Piece]:
+        """As all replicas do; every 100 ms the control plane hears of them."""
+        self.control.look(time.monotonic())
+        return super().step()
 
     def _place(self) -> None:
         """Hand out requests that nobody serves, and those whose prompts are read and which nobody goes on with."""
@@ -87,13 +95,15 @@ class Split(Replicas):
                 self._send_on(request_id, self.dispatcher.read(request_id))
         while self._homeless and self.dispatcher.present(Role.PREFILL):
             request = self._homeless[0]
-            tokens, longest = request.scheduled.tokens, request.scheduled.longest
-            chosen = self.dispatcher.route(request.request_id, tokens, longest - len(tokens))
+            self.control.predict(request.scheduled)
+            tokens, longest = request.scheduled.tokens, request.scheduled.predicted or request.scheduled.longest
+            chosen = self.dispatcher.route(request.request_id, tokens, max(1, longest - len(tokens)))
+            handed = self.dispatcher.hands(request.request_id)
             with uninterrupted(), self._guarded(self.engines[chosen]):
                 self._homeless.popleft()
                 for twin in [] if request.token_ids else request.twins:
                     self.dispatcher.join(twin.request_id, request.request_id)
-                self.engines[chosen].take_over([request], handed=True)
+                self.engines[chosen].take_over([request], handed=handed)
 
     def _send_on(self, request_id: int, decode: int | None) -> None:
         """Let an instance for decode have a request, with where its cache is, or will be."""
@@ -170,8 +180,10 @@ class Split(Replicas):
 
     def _strand(self, replica: int, lost: list[Request]) -> None:
         """Requests of an instance that is lost begin anew, or go on where their caches, or the rest of them, are."""
-        known = {request.request_id: request for request in lost}
+        known = self.requests | {request.request_id: request for request in lost}
         stranded = self.dispatcher.lose(replica)
+        for request_id in stranded.anew:
+            self._forget(request_id, range(len(self.engines)))
         self._take_back([known[number] for number in stranded.anew if number in known])
         for request_id in stranded.alone:
             way, request = self.dispatcher.ways.get(request_id), self.requests.get(request_id)
@@ -189,7 +201,4 @@ class Split(Replicas):
 
     def _nobody_left(self) -> bool:
         """Whether a role has lost all its instances, and none is on its way back."""
-        away = self.dispatcher.lost - self._returning.keys()
-        return any(
-            all(number in away for number, each in enumerate(self.dispatcher.roles) if each is role) for role in Role
-        )
+        return self.dispatcher.helpless(self.dispatcher.lost - self._returning.keys())

@@ -12,9 +12,24 @@ from enum import Enum
 from typing import Any, Protocol
 
 from minillm.engine.request import Request
+from minillm.policy.admission import Gate, Running
 from minillm.policy.batch import Batch
+from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.trace.life import Event, RequestLife
+
+
+def guard(scheduler: Scheduler, gate: Gate) -> None:
+    """Let requests that come from elsewhere start when a gate says so, too."""
+
+    def may_start(request: ScheduledRequest) -> bool:
+        if not request.arriving:
+            return True
+        running = [Running(len(each.tokens), each.to_come) for each in scheduler.running]
+        free = scheduler.pool.num_free * scheduler.pool.block_size
+        return gate(len(request.tokens), request.to_come, free, running)
+
+    scheduler.may_start = may_start
 
 
 class Transfers(Protocol):

@@ -71,6 +71,7 @@ class Added:
     moments: tuple[tuple[Event, float], ...] = ()
     handed: bool = False
     source: Source | None = None
+    predicted: int = 0
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -78,7 +79,10 @@ class Added:
         arrived_s, given = request.life.first(Event.ARRIVED), tuple(request.token_ids)
         params = replace(request.params, seed=request.seed, n=1 if given else request.params.n)
         moments = tuple(request.life.moments) if len(request.life.moments) > 1 else ()
-        return cls(request.request_id, request.index, request.prompt, params, request.scheduled.priority, arrived_s, given, request.sample, moments)  # fmt: skip
+        return cls(
+            request.request_id, request.index, request.prompt, params, request.scheduled.priority, arrived_s, given, request.sample, moments,
+            predicted=request.scheduled.predicted,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def add(each: list[Added]) -> Message:
                 request.take(token_id, added.arrived_s)
             request.life.moments = list(added.moments)
             for sample in [request, *request.twins]:
-                sample.scheduled.handed = added.handed
+                sample.scheduled.handed, sample.scheduled.predicted = added.handed, added.predicted
             if added.source is not None:
                 assert engine.handing is not None
                 request.scheduled.arriving = added.source.tokens

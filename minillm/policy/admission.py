@@ -22,20 +22,20 @@ class Running:
     to_come: int
 
 
-Gate = Callable[[int, int, int, Sequence[Running]], bool]  # (tokens, predicted, free, running) -> let it in?
+Gate = Callable[[int, int, int, Sequence[Running]], bool]  # (tokens, to come, free, running) -> let it in?
 
 
-def greedy(tokens: int, predicted: int, free: int, running: Sequence[Running]) -> bool:
+def greedy(tokens: int, to_come: int, free: int, running: Sequence[Running]) -> bool:
     """What it has now fits what is free now, and a token more."""
     return tokens + 1 <= free
 
 
-def reserve_static(tokens: int, predicted: int, free: int, running: Sequence[Running]) -> bool:
-    """All that it is thought to become fits what is free now."""
-    return tokens + max(1, predicted) <= free
+def reserve_static(tokens: int, to_come: int, free: int, running: Sequence[Running]) -> bool:
+    """All that it is thought to become fits what is free now; alone it may start in any case."""
+    return tokens + (max(1, to_come) if running else 1) <= free
 
 
-def reserve_dynamic(tokens: int, predicted: int, free: int, running: Sequence[Running]) -> bool:
+def reserve_dynamic(tokens: int, to_come: int, free: int, running: Sequence[Running]) -> bool:
     """All that it is thought to become fits what will be free when the first of those that run is thought to end: until then each of them
     takes a token a step, and that one then gives back all it has.
     """
@@ -44,7 +44,7 @@ def reserve_dynamic(tokens: int, predicted: int, free: int, running: Sequence[Ru
     first = min(running, key=lambda each: each.to_come)
     steps = max(0, first.to_come)
     then = free - steps * len(running) + first.tokens + steps
-    return tokens + 1 <= free and tokens + max(1, predicted) <= then
+    return tokens + 1 <= free and tokens + max(1, to_come) <= then
 
 
 GATES: dict[str, Gate] = {

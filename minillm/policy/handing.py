@@ -8,7 +8,7 @@ computed (Splitwise, Patel et al. 2024, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 
@@ -27,13 +27,14 @@ class Role(Enum):
 @dataclass
 class Way:
     """Where a request is: the instance that reads its prompt or keeps its cache, the one that goes on with it, and how many tokens it
-    may still give; whether its prompt is `read`, and its cache has come to where it goes on; which `reading` of that instance it is, and of how
-    many `tokens`.
+    may still give, as is thought; whether its prompt of so many tokens is `read`, and its cache has come to where it goes on; which
+    `reading` of that instance it is, and of how many `tokens`.
     """
 
     prefill: int
     decode: int
     to_come: int
+    prompt: int = 0
     read: bool = False
     came: bool = False
     reading: int = 0
@@ -77,14 +78,18 @@ class Dispatcher:
     def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
         """A request is there: who reads its prompt. Raises `LookupError` when nobody is there to."""
         chosen = self.routers[Role.PREFILL].route(request_id, prompt, 1)
-        self.ways[request_id] = Way(chosen, NOBODY, most_new)
+        self.ways[request_id] = Way(chosen, NOBODY, most_new, len(prompt))
         return chosen
+
+    def hands(self, request_id: int) -> bool:
+        """Whether it is to go on elsewhere after its first token."""
+        return self.ways[request_id].prefill != NOBODY
 
     def join(self, request_id: int, other_id: int) -> None:
         """One more sample of a request: it comes of the same prompt."""
         self.routers[Role.PREFILL].join(request_id, other_id)
         other = self.ways[other_id]
-        self.ways[request_id] = Way(other.prefill, NOBODY, other.to_come)
+        self.ways[request_id] = Way(other.prefill, NOBODY, other.to_come, other.prompt)
 
     def started(self, request_id: int) -> int | None:
         """Its prompt is being read: who is to have room for it already, if somebody is."""
@@ -179,6 +184,10 @@ class Dispatcher:
         self._settle()
         self._tell()
 
+    def helpless(self, away: Set[int]) -> bool:
+        """Whether without these instances nothing could be served."""
+        return any(all(n in away for n, each in enumerate(self.roles) if each is role) for role in Role)
+
     def busy(self, instance: int) -> bool:
         """Whether a request is there."""
         return any(instance in (way.prefill, way.decode) for way in self.ways.values())
@@ -186,7 +195,8 @@ class Dispatcher:
     def _onward(self, request_id: int, way: Way) -> int | None:
         if not self.present(Role.DECODE):
             return None
-        way.decode = self.routers[Role.DECODE].route(request_id, (), way.to_come)
+        prompt = range(way.prompt)
+        way.decode = self.routers[Role.DECODE].route(request_id, prompt, max(1, way.to_come), read=way.prompt)
         return way.decode
 
     def _settle(self) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from minillm.policy.admission import GATES, Predictor
+
 TRANSFERS = ("whole", "chunk", "layer")
 WIRES = ("memory", "group")
-WORDS = {"kv_transfer": TRANSFERS, "kv_wire": WIRES}
+DISPATCHES = ("roles", "pools")
+DECODE_ROUTERS = ("least-tokens", "power-of-two")
+WORDS = {
+    "kv_transfer": TRANSFERS, "kv_wire": WIRES, "dispatch": DISPATCHES, "decode_router": DECODE_ROUTERS, "gate": tuple(GATES),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,10 @@ class EngineOptions:
     (None: never) they are placed anew by what was chosen, with `redundant_experts` copies in each layer of those chosen most.
     Between prefill and decode instances K and V move `kv_transfer` "whole" once the prompt is read, or early, "chunk" by chunk or
     "layer" by layer, while it is, through `kv_wire` "memory" that two ranks of a host share, or "group", a process group of the two
-    (gloo, NCCL); links are slowed to `link_gbits` Gbit/s a rank (None: as fast as they are).
+    (gloo, NCCL); links are slowed to `link_gbits` Gbit/s a rank (None: as fast as they are). Instances keep to their roles, or `dispatch`
+    makes them "pools" between which any may be borrowed (Splitwise); `decode_router` says who goes on with a request, and a `gate` when it
+    may start there: "greedy", "reserve-static" or "reserve-dynamic", by what a `predictor` says of its length (None: `max_tokens`;
+    TetriInfer). An instance with nothing to do for `idle_s` seconds while the others have changes its role (None: never).
     Replicas that borrow lend at most `most_lent` blocks each (None: all that are free), and move `move_blocks` of a request in a step.
 
     Switches: `continuous` lets requests join while others run (off: a batch ends before the next one starts);
@@ -48,6 +57,11 @@ class EngineOptions:
     kv_transfer: str = "layer"
     kv_wire: str = "memory"
     link_gbits: float | None = None
+    dispatch: str = "roles"
+    decode_router: str = "least-tokens"
+    gate: str = "greedy"
+    predictor: Predictor | None = None
+    idle_s: float | None = None
     continuous: bool = True
     chunked_prefill: bool = True
     preemption: bool = True
@@ -62,11 +76,14 @@ class EngineOptions:
             if field.name in WORDS:
                 if value not in WORDS[field.name]:
                     raise ValueError(f"{field.name}={value!r}: give one of {', '.join(WORDS[field.name])}")
-            elif field.name == "link_gbits":
+            elif field.name == "predictor":
+                if not isinstance(value, Predictor | None):
+                    raise ValueError(f"predictor={value!r}: give Predictor(width, accuracy), or None")
+            elif field.name in ("link_gbits", "idle_s"):
                 if value is not None and (
                     not isinstance(value, int | float) or isinstance(value, bool) or not value > 0
                 ):
-                    raise ValueError(f"link_gbits={value!r}: give a number above 0, or None")
+                    raise ValueError(f"{field.name}={value!r}: give a number above 0, or None")
             elif isinstance(field.default, bool):
                 if not isinstance(value, bool):
                     raise ValueError(f"{field.name}={value!r}: give True or False")

@@ -28,7 +28,7 @@ class ScheduledRequest:
 
     One that is to be `handed` over goes on at another instance after its first token. Each time that its prompt is read has a number,
     `reading`, which other samples of it share. At the instance where it goes on, K and V of as many of its tokens are `arriving`; until
-    they are there they count as `in_flight`, and none is computed.
+    they are there they count as `in_flight`, and none is computed. `predicted` is how long its sequence is thought to become (0: `longest`).
     """
 
     request_id: int
@@ -45,11 +45,17 @@ class ScheduledRequest:
     handed: bool = False
     reading: int = 0
     arriving: int = 0
+    predicted: int = 0
 
     @property
     def most_cached(self) -> int:
         """The most tokens that will be in the cache: all but the last, which nothing follows, or which follows elsewhere."""
         return len(self.tokens) if self.handed else max(len(self.tokens), self.longest - 1)
+
+    @property
+    def to_come(self) -> int:
+        """Tokens that it is thought to give yet, at least one."""
+        return max(1, (self.predicted or self.longest) - len(self.tokens))
 
     @property
     def remaining(self) -> int:

@@ -45,17 +45,17 @@ class Router:
         self._lost = lost
         self.present = [replica for replica in range(self.replicas) if replica not in lost]
 
-    def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
-        """The replica for a request that gives up to `most_new` tokens. Raises `LookupError` when all are lost, and
-        `ValueError` when `prefer` names one that is not there.
+    def route(self, request_id: int, prompt: Sequence[int], most_new: int, read: int = 0) -> int:
+        """The replica for a request that gives up to `most_new` tokens, and of whose prompt so many tokens are `read`, elsewhere. Raises
+        `LookupError` when all are lost, and `ValueError` when `prefer` names one that is not there.
         """
         if not self.present:
             raise LookupError("every replica is lost")
         chosen = self.prefer(self.present, prompt)
         if chosen in self.lost or chosen not in range(self.replicas):
             raise ValueError(f"the router chose replica {chosen!r}; there are {', '.join(map(str, self.present))}")
-        self.under_way[request_id] = Outstanding(chosen, len(prompt), most_new)
-        self.tokens[chosen] += len(prompt) + most_new
+        self.under_way[request_id] = Outstanding(chosen, len(prompt) - read, most_new)
+        self.tokens[chosen] += len(prompt) - read + most_new
         return chosen
 
     def join(self, request_id: int, other_id: int) -> None:
@@ -112,8 +112,8 @@ class LeastTokens(Router):
 class ShortestQueue(LeastTokens):
     """Where the fewest prompt tokens wait; a request that decodes counts as one (the JSQ of Splitwise, Patel et al. 2024)."""
 
-    def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
-        return super().route(request_id, prompt, min(most_new, 2))
+    def route(self, request_id: int, prompt: Sequence[int], most_new: int, read: int = 0) -> int:
+        return super().route(request_id, prompt, min(most_new, 2), read)
 
 
 class PrefixAware(Router):

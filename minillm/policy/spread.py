@@ -30,9 +30,9 @@ class PowerOfTwo(Router):
         """The instances broadcast how many tokens they have room for."""
         self.room = list(room)
 
-    def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
+    def route(self, request_id: int, prompt: Sequence[int], most_new: int, read: int = 0) -> int:
         self._need = len(prompt) + most_new
-        chosen = super().route(request_id, prompt, most_new)
+        chosen = super().route(request_id, prompt, most_new, read)
         (self.heavy if most_new > HEAVY else self.light)[chosen] += 1
         return chosen
 

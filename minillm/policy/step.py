@@ -33,4 +33,4 @@ class Step:
         self.chunks.append(Chunk(request.request_id, start, tokens, table, samples, away, request.reading))
         request.in_flight += count
         self.budget -= count
-        self.has_prompt |= count > 1
+        self.has_prompt |= count > 1 or start == 0

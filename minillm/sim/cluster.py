@@ -121,21 +121,37 @@ class Wires:
         return self.link.time_s(task.prompt * self.token_bytes / self.layers)
 
 
-class Moving(Cluster):
-    """Machines between which caches move, over `wires`. Subclasses say between which."""
+class Apart(Cluster):
+    """Machines of which some read prompts, and others go on with them; a `dispatcher` chooses, as it does for the engine, and caches move
+    over `wires`.
+    """
 
-    def __init__(self, kinds: Sequence[Kind], wires: Wires) -> None:
+    def __init__(self, kinds: Sequence[Kind], dispatcher: Dispatcher, wires: Wires) -> None:
         super().__init__(kinds)
-        self.wires = wires
+        if len(dispatcher.roles) != len(kinds):
+            raise ValueError(f"{len(dispatcher.roles)} roles for {len(kinds)} machines: give each of them one")
+        self.dispatcher, self.wires = dispatcher, wires
         self._sent: set[int] = set()  # through the link before the prompt was read
 
-    def ends(self, task: Task) -> tuple[int, int]:
-        """Who reads a request's prompt, and who goes on with it."""
-        raise NotImplementedError
+    def arrive(self, task: Task) -> None:
+        reader = self.dispatcher.route(task.request_id, range(task.prompt), task.predicted)
+        task.handed = task.new > 1 and self.dispatcher.hands(task.request_id)
+        self.machines[reader].add(task)
 
-    def moved(self, task: Task) -> bool:
-        """Its cache is where it goes on: whether the reader may forget it."""
-        raise NotImplementedError
+    def started(self, machine: Machine, task: Task) -> None:
+        if task.handed and (onward := self.dispatcher.started(task.request_id)) is not None:
+            self.machines[onward].expect(task)
+
+    def first(self, machine: Machine, task: Task) -> None:
+        if not task.handed:
+            self.dispatcher.gave(task.request_id)
+        elif (onward := self.dispatcher.read(task.request_id)) is not None:
+            self.machines[onward].expect(task)
+        else:
+            self.read(task)
+
+    def finished(self, machine: Machine, task: Task) -> None:
+        self.dispatcher.ended(task.request_id)
 
     def read(self, task: Task) -> None:
         """Its prompt has been read: if its cache is through the link but for the last layer, that follows."""
@@ -144,7 +160,11 @@ class Moving(Cluster):
             self.clock.at(self.clock.now_s + self.wires.last_layer_s(task), self._came, task)
 
     def has_room(self, machine: Machine, task: Task) -> None:
-        self.clock.at(self.wires.sent_s(task, self.ends(task)[0], self.clock.now_s), self._through, task)
+        self.clock.at(
+            self.wires.sent_s(task, self.dispatcher.ways[task.request_id].prefill, self.clock.now_s),
+            self._through,
+            task,
+        )
 
     def _through(self, task: Task) -> None:
         """All that its sender had of a cache is through the link."""
@@ -154,43 +174,7 @@ class Moving(Cluster):
             self._sent.add(task.request_id)
 
     def _came(self, task: Task) -> None:
-        reader, decoder = self.ends(task)
         task.came_s = self.clock.now_s
-        if self.moved(task):
+        if (reader := self.dispatcher.came(task.request_id)) is not None:
             self.machines[reader].release(task.prompt)
-        self.machines[decoder].join(task)
-
-
-class Apart(Moving):
-    """Machines with roles: some read prompts, others go on with them; a `dispatcher` chooses, as it does for the engine."""
-
-    def __init__(self, kinds: Sequence[Kind], dispatcher: Dispatcher, wires: Wires) -> None:
-        super().__init__(kinds, wires)
-        if len(dispatcher.roles) != len(kinds):
-            raise ValueError(f"{len(dispatcher.roles)} roles for {len(kinds)} machines: give each of them one")
-        self.dispatcher = dispatcher
-
-    def arrive(self, task: Task) -> None:
-        task.handed = task.new > 1
-        self.machines[self.dispatcher.route(task.request_id, range(task.prompt), task.new)].add(task)
-
-    def started(self, machine: Machine, task: Task) -> None:
-        if task.handed and (onward := self.dispatcher.started(task.request_id)) is not None:
-            self.machines[onward].expect(task)
-
-    def first(self, machine: Machine, task: Task) -> None:
-        onward = self.dispatcher.read(task.request_id)
-        if onward is not None:
-            self.machines[onward].expect(task)
-        else:
-            self.read(task)
-
-    def finished(self, machine: Machine, task: Task) -> None:
-        self.dispatcher.ended(task.request_id)
-
-    def ends(self, task: Task) -> tuple[int, int]:
-        way = self.dispatcher.ways[task.request_id]
-        return way.prefill, way.decode
-
-    def moved(self, task: Task) -> bool:
-        return self.dispatcher.came(task.request_id) is not None
+        self.machines[self.dispatcher.ways[task.request_id].decode].join(task)

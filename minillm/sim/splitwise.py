@@ -13,11 +13,12 @@ import numpy as np
 
 from minillm.hardware.devices import Link
 from minillm.policy.handing import Role
+from minillm.policy.pooled import PoolDispatcher
 from minillm.policy.pools import Pools
 from minillm.policy.router import ShortestQueue
-from minillm.sim.cluster import Cluster, Kind, Moving, Together, Wires
+from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
 from minillm.sim.costs import Measured, at
-from minillm.sim.machine import Limits, Machine
+from minillm.sim.machine import Limits
 from minillm.sim.task import Task
 from minillm.trace.workload import Arrival, Lengths
 
@@ -88,47 +89,6 @@ class Design:
         return self.prompts + self.tokens
 
 
-class Pooled(Moving):
-    """Machines in two pools and a mixed one, as `policy/pools.py` says."""
-
-    def __init__(self, kinds: Sequence[Kind], pools: Pools, wires: Wires) -> None:
-        super().__init__(kinds, wires)
-        self.pools = pools
-
-    def arrive(self, task: Task) -> None:
-        reader, decoder = self.pools.place(task.request_id, task.prompt, task.new)
-        task.handed = reader != decoder and task.new > 1
-        self.machines[reader].add(task)
-
-    def started(self, machine: Machine, task: Task) -> None:
-        if task.handed:
-            self.machines[self.ends(task)[1]].expect(task)
-
-    def first(self, machine: Machine, task: Task) -> None:
-        self.pools.read(task.request_id)
-        self.read(task)
-
-    def finished(self, machine: Machine, task: Task) -> None:
-        reader, decoder = self.ends(task)
-        if task.given == 1:
-            self.pools.read(task.request_id)
-            if reader != decoder:
-                self.pools.moved(task.request_id)
-        self.pools.ended(task.request_id)
-
-    def idle(self, machine: Machine) -> None:
-        if machine.drained:
-            self.pools.idle(machine.number)
-
-    def ends(self, task: Task) -> tuple[int, int]:
-        placed = self.pools.placed[task.request_id]
-        return placed.prompt_at, placed.token_at
-
-    def moved(self, task: Task) -> bool:
-        self.pools.moved(task.request_id)
-        return True
-
-
 def build(design: Design, model: Hosted = BLOOM, link: Link | None = None, as_released: bool = True) -> Cluster:
     """The cluster of a design. Without a `link` caches move as in the released simulator: 200 GiB/s for each of them, all at once."""
     kind = partial(_kind, model, as_released)
@@ -139,7 +99,7 @@ def build(design: Design, model: Hosted = BLOOM, link: Link | None = None, as_re
     wires = Wires(
         link or Link("released", 200 * 2**30, 0.0, "splitwise-sim"), model.token_bytes, model.layers, link is not None
     )
-    return Pooled(kinds, Pools(homes, [model.cache_tokens] * len(kinds)), wires)
+    return Apart(kinds, PoolDispatcher(Pools(homes, [model.cache_tokens] * len(kinds))), wires)
 
 
 def _kind(model: Hosted, as_released: bool, machine: MachineType) -> Kind:

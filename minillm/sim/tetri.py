@@ -85,7 +85,6 @@ class Tetri(Apart):
             self._listening = True
             self._broadcast()
         super().arrive(task)
-        self.dispatcher.ways[task.request_id].to_come = max(2, task.predicted)  # all that the dispatcher may know
 
     def _queue(self) -> Queue[Task]:
         return Windowed(ORDERS[self.setup.order], self.setup.window)
@@ -95,7 +94,7 @@ class Tetri(Apart):
         running = [
             Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
         ]
-        return GATES[self.setup.gate](task.tokens, task.predicted, machine.free, running)
+        return GATES[self.setup.gate](task.tokens, max(1, task.predicted - task.given), machine.free, running)
 
     def _broadcast(self) -> None:
         """Every 100 ms all hear how much room each has; while there is anything to do."""

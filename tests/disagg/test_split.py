@@ -22,9 +22,10 @@ from minillm import LLM, EngineOptions, SamplingParams
 from minillm.engine.handing import Handing
 from minillm.engine.request import Request
 from minillm.parallel.links import connect
+from minillm.policy.admission import GATES, Predictor
 from minillm.policy.blocks import BlockPool
 from minillm.policy.handing import Role
-from minillm.policy.options import TRANSFERS, WIRES
+from minillm.policy.options import DECODE_ROUTERS, DISPATCHES, TRANSFERS, WIRES
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.serve.worker import Job, Worker
@@ -39,6 +40,14 @@ PAIRS = [
     "prefill=1xtp=2,decode=1xcp=2", "prefill=1xcp=2,decode=1xcp=3", "prefill=1xtp=2,pp=2,decode=1xtp=1", "prefill=1xtp=1,decode=1xtp=2,cp=2",
     "prefill=2xtp=1,decode=1xtp=1", "prefill=1xtp=1,decode=2xpp=2",
 ]  # fmt: skip
+CONTROL = st.fixed_dictionaries(
+    {
+        "dispatch": st.sampled_from(DISPATCHES),
+        "decode_router": st.sampled_from(DECODE_ROUTERS),
+        "gate": st.sampled_from(list(GATES)),
+        "predictor": st.none() | st.builds(Predictor, st.integers(1, 20), st.sampled_from([0.0, 0.5, 1.0])),
+    }
+)
 OFTEN = ["prefill=1xtp=1,decode=1xtp=1", "prefill=1xtp=2,decode=1xpp=2", "prefill=2xtp=1,decode=2xtp=1"]
 PROMPTS = [[255, *range(70)], [7], [3, 1, 4] * 11, list(range(48)), [9] * 33]
 PARAMS = SamplingParams(max_tokens=9, ignore_eos=True)
@@ -89,11 +98,64 @@ def test_pairs_of_layouts(one: LLM, folder: Path, layout: str) -> None:
 
 
 @settings(deadline=None, max_examples=max(20, EXAMPLES // 2), phases=SHOW)
-@given(st.sampled_from(OFTEN), st.sampled_from(TRANSFERS), st.sampled_from(WIRES), OPTIONS, WORK)
+@given(st.sampled_from(OFTEN), st.sampled_from(TRANSFERS), st.sampled_from(WIRES), CONTROL, OPTIONS, WORK)
 def test_tokens_are_those_of_one_device(
-    one: LLM, several: dict[str, LLM], layout: str, transfer: str, wire: str, options: EngineOptions, work: list
+    one: LLM,
+    several: dict[str, LLM],
+    layout: str,
+    transfer: str,
+    wire: str,
+    control: dict,
+    options: EngineOptions,
+    work: list,
 ) -> None:
-    check_law(one, several[layout], replace(options, kv_transfer=transfer, kv_wire=wire), work)
+    check_law(one, several[layout], replace(options, kv_transfer=transfer, kv_wire=wire, **control), work)
+
+
+@pytest.mark.parametrize("transfer", ["whole", "layer"])
+def test_pools_borrow_machines(one: LLM, folder: Path, transfer: str) -> None:
+    """Splitwise: what is too much for the instance that reads prompts is read, and goes on, where others only decode."""
+    prompts = [[number] * 200 for number in range(6)]
+    expected = [each.token_ids for each in one.generate(prompts, PARAMS)]
+    options = replace(SMALL, num_blocks=48, dispatch="pools", kv_transfer=transfer)
+    with LLM(folder, "prefill=1xtp=1,decode=1xtp=1", device="cpu", options=options) as llm:
+        pools = llm.engine.dispatcher.pools
+        assert pools.cache_tokens == [48 * 16] * 2
+        pools.most_pending = 300
+        requests = llm.prepare(prompts, PARAMS)
+        llm.submit(requests)
+        assert 1 in pools.mixed and {each.prompt_at for each in pools.placed.values()} == {0, 1}
+        while llm.engine.requests:
+            llm.step()
+        assert [each.output().token_ids for each in requests] == expected
+        assert not pools.mixed and not pools.placed and not any(pools.taken)
+        read_at = {span.rank for span in llm.trace.spans if span.kind is Kind.PREFILL}
+        assert read_at == {0, 1} and moved(llm) < kv_bytes(llm, prompts)
+
+
+def test_gates_hold_requests_back(one: LLM, folder: Path) -> None:
+    """TetriInfer: a decode instance lets requests in as the gate says; greedy lets in more than fit, and preempts more."""
+    prompts, params = [[number] * 40 for number in range(6)], SamplingParams(max_tokens=60, ignore_eos=True)
+    expected = [each.token_ids for each in one.generate(prompts, params)]
+    options = replace(SMALL, num_blocks=18, predictor=Predictor(10, 1.0))
+    preempted = {}
+    with LLM(folder, "prefill=1xtp=1,decode=1xtp=1", device="cpu") as llm:
+        for gate in GATES:
+            mode = llm.with_options(replace(options, gate=gate))
+            assert [each.token_ids for each in mode.generate(prompts, params)] == expected
+            preempted[gate] = sum(event is Event.PREEMPTED for life in mode.trace.lives for event, _ in life.moments)
+            mode.close()
+    assert preempted["greedy"] > preempted["reserve-static"] >= preempted["reserve-dynamic"], preempted
+
+
+def test_an_idle_instance_changes_its_role(one: LLM, folder: Path) -> None:
+    """Two that read and one that decodes: once nobody comes, one that reads has nothing to do, and decodes from then on."""
+    options = replace(SMALL, idle_s=0.3, decode_router="power-of-two")
+    params = SamplingParams(max_tokens=250, ignore_eos=True)
+    expected = one.generate(PROMPTS[:1], params)[0].token_ids
+    with LLM(folder, "prefill=2xtp=1,decode=1xtp=1", device="cpu", options=options) as llm:
+        assert llm.generate(PROMPTS[:1], params)[0].token_ids == expected
+        assert llm.engine.dispatcher.roles.count(Role.DECODE) == 2 and len(llm.engine.control.flips) == 1
 
 
 def test_layers_leave_while_the_prompt_is_computed(folder: Path) -> None:
@@ -192,6 +254,11 @@ def test_bad_input_is_refused(several: dict[str, LLM], folder: Path) -> None:
     for options, text in (
         ({"kv_transfer": "fast"}, "give one of whole, chunk, layer"),
         ({"kv_wire": "post"}, "give one of memory, group"),
+        ({"dispatch": "queue"}, "give one of roles, pools"),
+        ({"decode_router": "random"}, "give one of least-tokens, power-of-two"),
+        ({"gate": "open"}, "give one of greedy, reserve-static, reserve-dynamic"),
+        ({"predictor": 200}, "predictor=200: give Predictor\\(width, accuracy\\), or None"),
+        ({"idle_s": 0}, "idle_s=0: give a number above 0, or None"),
         ({"link_gbits": 0}, "a number above 0"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -16,7 +16,8 @@ from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, Ranks, SamplingParams
 from minillm.disagg.layout import SplitLayout
-from minillm.policy.options import TRANSFERS, WIRES
+from minillm.policy.admission import GATES
+from minillm.policy.options import DISPATCHES, TRANSFERS, WIRES
 
 SEEDS = 60 if "MINILLM_FAULT_SEEDS" in os.environ else 8  # all of them in `make soak`
 LAYOUTS = ["prefill=1xtp=1,decode=1xtp=1", "prefill=1xtp=2,decode=1xpp=2", "prefill=2xtp=1,decode=2xtp=1", "prefill=1xtp=1,decode=1xcp=2", "prefill=1xpp=2,decode=1xtp=1"]  # fmt: skip
@@ -37,6 +38,7 @@ def test_whoever_is_lost_at_any_moment_costs_no_token(one: LLM, folder: Path, se
     params = SamplingParams(max_tokens=dice.randint(2, 40), ignore_eos=True)
     gbits = dice.choice([None, 0.01])  # slow: transfers are cut in the middle
     options = replace(SMALL, kv_transfer=dice.choice(TRANSFERS), kv_wire=dice.choice(WIRES), link_gbits=gbits)
+    options = replace(options, dispatch=dice.choice(DISPATCHES), gate=dice.choice(list(GATES)))
     expected = [each.token_ids for each in one.generate(PROMPTS, params)]
     pools = [Ranks(each.world_size, device="cpu", timeout_s=2) for each in layout.each]
     try:

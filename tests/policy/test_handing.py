@@ -11,10 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import Machine, alone
 
+from minillm.engine.handing import guard
+from minillm.policy.admission import GATES
 from minillm.policy.handing import Dispatcher, Role
-from minillm.policy.options import EngineOptions
+from minillm.policy.options import DECODE_ROUTERS, DISPATCHES, EngineOptions
+from minillm.policy.pooled import PoolDispatcher
+from minillm.policy.pools import Pools
 from minillm.policy.request import ScheduledRequest, Status
 from minillm.policy.router import LeastTokens
+from minillm.policy.spread import PowerOfTwo
 
 OPTIONS = st.builds(
     EngineOptions,
@@ -25,7 +30,20 @@ OPTIONS = st.builds(
     chunked_prefill=st.booleans(),
     preemption=st.booleans(),
     prefix_reuse=st.booleans(),
+    dispatch=st.sampled_from(DISPATCHES),
+    decode_router=st.sampled_from(DECODE_ROUTERS),
+    gate=st.sampled_from(list(GATES)),
 )
+
+
+def make_dispatcher(roles: list[Role], options: EngineOptions, early: bool, chance: Random) -> Dispatcher:
+    """As the options say. Pools begin to borrow soon."""
+    if options.dispatch == "pools":
+        room = [options.num_blocks * options.block_size] * len(roles)
+        return PoolDispatcher(Pools(roles, room, most_pending=10, block=options.block_size), early)
+    power = options.decode_router == "power-of-two"
+    decode = PowerOfTwo(len(roles), chance) if power else LeastTokens(len(roles))
+    return Dispatcher(roles, LeastTokens(len(roles)), decode, early)
 
 
 class Cluster:
@@ -33,14 +51,20 @@ class Cluster:
 
     def __init__(self, options: EngineOptions, roles: list[Role], early: bool, chance: Random) -> None:
         self.options, self.chance = options, chance
-        self.dispatcher = Dispatcher(roles, LeastTokens(len(roles)), LeastTokens(len(roles)), early)
-        self.machines = [Machine(options, 1) for _ in roles]
+        self.dispatcher = make_dispatcher(roles, options, early, chance)
+        self.machines = [self.machine() for _ in roles]
         self.moving: dict[int, int] = {}  # request -> ticks that its cache still takes
         self.started: set[int] = set()
         self.homeless: list[int] = []
         self.tokens: dict[int, list[int]] = {}  # as the user knows them
         self.longest: dict[int, int] = {}
         self.done: set[int] = set()
+
+    def machine(self) -> Machine:
+        machine = Machine(self.options, 1)
+        if self.options.gate != "greedy":
+            guard(machine.scheduler, GATES[self.options.gate])
+        return machine
 
     def arrive(self, number: int, prompt: list[int], new: int) -> None:
         self.tokens[number], self.longest[number] = list(prompt), len(prompt) + new
@@ -51,7 +75,8 @@ class Cluster:
             self.homeless.remove(number)
             tokens = self.tokens[number]
             at = self.dispatcher.route(number, tokens, self.longest[number] - len(tokens))
-            self.add(at, ScheduledRequest(number, list(tokens), self.longest[number], number, handed=True))
+            handed = self.dispatcher.hands(number)
+            self.add(at, ScheduledRequest(number, list(tokens), self.longest[number], number, handed=handed))
         for number, way in list(self.dispatcher.ways.items()):
             if way.read and way.decode < 0:
                 self.send_on(number, self.dispatcher.read(number))
@@ -101,6 +126,7 @@ class Cluster:
         way, tokens = self.dispatcher.ways[number], self.tokens[number]
         request = ScheduledRequest(number, list(tokens), self.longest[number], number)
         request.arriving = len(tokens) - way.read
+        request.predicted = len(tokens) + self.chance.randrange(12)
         self.add(decode, request)
 
     def land(self, number: int) -> None:
@@ -150,10 +176,13 @@ class Cluster:
         self.done.add(number)
 
     def lose(self, place: int) -> None:
-        self.machines[place] = Machine(self.options, 1)
+        self.machines[place] = self.machine()
         stranded = self.dispatcher.lose(place)
         for number in [*stranded.anew, *stranded.elsewhere, *stranded.alone]:
             self.moving.pop(number, None)
+        for number in stranded.anew:
+            for at in range(len(self.machines)):
+                self.forget(number, at)
         self.homeless += stranded.anew
         self.started -= set(stranded.anew)
         for number in stranded.alone:
@@ -207,6 +236,9 @@ def test_every_request_gets_its_tokens(
         assert machine.pool.num_free == options.num_blocks and not machine.scheduler.requests
     assert not cluster.dispatcher.ways and not any(cluster.dispatcher.routers[role].under_way for role in Role)
     assert not any(any(cluster.dispatcher.routers[role].tokens) for role in Role)
+    if isinstance(cluster.dispatcher, PoolDispatcher):
+        pools = cluster.dispatcher.pools
+        assert not any(pools.pending) and not any(pools.taken) and not pools.placed and not pools.mixed
 
 
 def two(**options: int) -> Cluster:

@@ -35,7 +35,7 @@ def test_machines_are_borrowed_and_go_home() -> None:
         "the prompt machine has too much: a token machine is borrowed, and may decode, too"
     )
     assert pools.mixed == {2}
-    pools.read(1), pools.ended(1), pools.idle(2)
+    pools.read(1), pools.ended(1)
     assert not pools.mixed and pools.pending[2] == 0 and pools.taken[2] == 0
 
 
@@ -56,7 +56,6 @@ def test_pools_are_empty_when_all_is_over(prompts: int, tokens: int, work: list,
             if prompt_at != token_at:
                 pools.moved(done)
             pools.ended(done)
-            pools.idle(random.randrange(prompts + tokens))
     for number, (prompt_at, token_at) in open_.items():
         pools.read(number)
         if prompt_at != token_at:

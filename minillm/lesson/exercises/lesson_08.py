@@ -31,13 +31,13 @@ def router_of(made: Callable[[int], Any]) -> type[Router]:
             super().__init__(replicas)
             self.mine = made(replicas)
 
-        def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
+        def route(self, request_id: int, prompt: Sequence[int], most_new: int, read: int = 0) -> int:
             self.chosen = self.mine.arrived(request_id, len(prompt) + most_new)
             if type(self.chosen) is not int or not 0 <= self.chosen < self.replicas:
                 raise RuleError(
                     f"request {request_id}: arrived returned {self.chosen!r}; return a replica, 0 … {self.replicas - 1}"
                 )
-            return super().route(request_id, prompt, most_new)
+            return super().route(request_id, prompt, most_new, read)
 
         def prefer(self, present: Sequence[int], prompt: Sequence[int]) -> int:
             return self.chosen if self.chosen in present else present[0]

@@ -1,0 +1,94 @@
+"""The simulated twin of an engine: the same instances, options and policies, with steps as long as they were measured on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from minillm.calibrate import Calibration
+from minillm.disagg.control import make_dispatcher
+from minillm.disagg.layout import SplitLayout
+from minillm.hardware.devices import Link
+from minillm.llm import LLM
+from minillm.policy.admission import GATES, Running
+from minillm.policy.handing import Role
+from minillm.policy.pooled import PoolDispatcher
+from minillm.policy.router import make_router
+from minillm.policy.spread import PowerOfTwo
+from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
+from minillm.sim.costs import Fitted
+from minillm.sim.machine import Limits, Machine
+from minillm.sim.task import Task
+from minillm.trace.life import RequestLife
+from minillm.trace.metrics import percentile
+
+KINDS = ("ttft", "tpot")
+
+
+class Twin(Apart):
+    """Prefill and decode instances with the dispatcher, gate and predictor of an engine's options."""
+
+    def __init__(self, llm: LLM, found: Calibration) -> None:
+        assert isinstance(llm.layout, SplitLayout)
+        options, roles = llm.options, llm.layout.roles
+        limits = _limits(llm)
+        dispatcher = make_dispatcher(roles, options, make_router(llm.router, len(roles)))
+        if isinstance(dispatcher, PoolDispatcher):
+            dispatcher.pools.cache_tokens = [limits.cache_tokens] * len(roles)
+            dispatcher.pools.most_pending = llm.engine.dispatcher.pools.most_pending  # type: ignore[union-attr]
+        self.gate, self.predictor, self.random = GATES[options.gate], options.predictor, Random(0)
+        alpha_s, byte_s = found.transfer or (0.0, 0.0)
+        link = Link("calibrated", 1 / byte_s if byte_s else 1e15, alpha_s, "measured here")
+        token_bytes = llm.config.kv_numbers_per_token * float(llm.dtype.itemsize)
+        kind = Kind(Fitted(found.fit), limits, admits=None if options.gate == "greedy" else self._admits)
+        super().__init__(
+            [kind] * len(roles), dispatcher, Wires(link, token_bytes, 1)
+        )  # what is seen of a move was measured
+
+    def arrive(self, task: Task) -> None:
+        if self.predictor is not None:
+            task.predicted = max(1, self.predictor.lower_end(task.new, self.random))
+        decode = self.dispatcher.routers[Role.DECODE]
+        if isinstance(decode, PowerOfTwo):
+            decode.hear([machine.free for machine in self.machines])
+        super().arrive(task)
+
+    def _admits(self, machine: Machine, task: Task) -> bool:
+        running = [
+            Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
+        ]
+        return self.gate(task.tokens, max(1, task.predicted - task.given), machine.free, running)
+
+
+def twin_of(llm: LLM, found: Calibration) -> Cluster:
+    """The twin of an LLM whose steps were found to take so long: replicas, or prefill and decode instances. Raises `ValueError` for one that
+    is neither.
+    """
+    if isinstance(llm.layout, SplitLayout):
+        return Twin(llm, found)
+    if llm.layout.instances == 1:
+        raise ValueError(
+            f"layout {str(llm.layout)!r} is one instance: give one such as 'dp=2' or 'prefill=1xtp=1,decode=1xtp=1'"
+        )
+    kind = Kind(Fitted(found.fit), _limits(llm))
+    return Together([kind] * llm.layout.instances, make_router(llm.router, llm.layout.instances))
+
+
+def _limits(llm: LLM) -> Limits:
+    options = llm.options
+    blocks = options.num_blocks or llm.engine.load.num_blocks // max(1, llm.layout.instances)
+    chunked, reserve = options.chunked_prefill, not options.preemption
+    return Limits(
+        blocks * options.block_size, options.max_running, options.max_step_tokens, chunked=chunked, reserve=reserve
+    )
+
+
+def compare(tasks: Sequence[Task], lives: Sequence[RequestLife], percents: Sequence[int] = (50, 90)) -> str:
+    """A table of TTFT and TPOT, simulated and as they were, in ms."""
+    lines = [f"{'ms':10}{'simulated':>11}{'real':>8}"]
+    for kind in KINDS:
+        for percent in percents:
+            both = [[getattr(each, f"{kind}_s") for each in some] for some in (tasks, lives)]
+            simulated, real = (1e3 * percentile(each, percent).value for each in both)
+            lines.append(f"{kind.upper()} P{percent:<5}{simulated:11,.0f}{real:8,.0f}")
+    return "\n".join(lines)
