@@ -178,11 +178,18 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
         "--kv-wire", default="memory", help="it goes by memory that ranks share (default), or by a process group of two"
     )
     options.add_argument("--link-gbits", type=float, metavar="X", help="slow each rank's link to so many Gbit/s")
-    options.add_argument("--dispatch", default="roles", help="instances keep to roles (default), or are borrowed: pools")
-    options.add_argument("--decode-router", default="least-tokens", help="least-tokens (default) or power-of-two")
-    options.add_argument("--gate", default="greedy", help="of decode: greedy (default), reserve-static, reserve-dynamic")
     options.add_argument(
-        "--predictor", type=_predictor, metavar="W:A", help="lengths in buckets of W tokens, right in a share A (200:0.75)"
+        "--dispatch", default="roles", help="instances keep to roles (default), or are borrowed: pools"
+    )
+    options.add_argument("--decode-router", default="least-tokens", help="least-tokens (default) or power-of-two")
+    options.add_argument(
+        "--gate", default="greedy", help="of decode: greedy (default), reserve-static, reserve-dynamic"
+    )
+    options.add_argument(
+        "--predictor",
+        type=_predictor,
+        metavar="W:A",
+        help="lengths in buckets of W tokens, right in a share A (200:0.75)",
     )
     options.add_argument("--idle-s", type=float, metavar="S", help="an instance idle for so long changes its role")
 

@@ -136,6 +136,10 @@ def calibrate(options: argparse.Namespace) -> int:
     with _llm(options) as llm:
         found = run(llm)
         about = {"model": llm.folder.name, "layout": str(llm.layout), "device": llm.device.type}
+        about |= {
+            "cache_tokens": llm.engine.load.num_blocks * llm.options.block_size // max(1, llm.layout.instances),
+            "token_bytes": llm.config.kv_numbers_per_token * llm.dtype.itemsize,
+        }
     if options.json:
         print(json.dumps({**about, **machine(), **found.as_dict()}, indent=1))
     else:

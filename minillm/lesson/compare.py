@@ -25,6 +25,8 @@ def first_difference(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, 
                 return number, index, wanted[index].item(), have[index].item()
         elif not _same(wanted, have):
             return number, (), wanted, have
+    if len(got) > len(expected):
+        return len(expected), (), "nothing more", got[len(expected)]
     return None
 
 

@@ -8,19 +8,22 @@ reproduce says so, with the reason found, and is held to what is found instead.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from statistics import mean, stdev
 
 from minillm.policy.admission import Predictor
 from minillm.sim import distserve, splitwise, tetri
-from minillm.sim.distserve import Parallelism, Placement, Setting
+from minillm.sim.distserve import BOTH, FIGURE_8, Setting
 from minillm.sim.splitwise import A100, H100, H100_CAPPED, Design
 from minillm.trace.metrics import SLO
 from minillm.trace.workload import PUBLISHED, Lengths, find_trace, read_trace
 
 SEEDS = 8
+KEPT = Path(__file__).with_name("claims.json")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,20 @@ class Outcome:
             f"{claim.name}: {claim.text}: {printed}here {self.mean:.3g}{spread} "
             f"({claim.low:g} to {claim.high:g}; {claim.tier})" + f" [{claim.why}]" * bool(claim.why)
         )
+
+
+def find(name: str) -> Claim:
+    """A claim by its name. Raises `ValueError` that lists them."""
+    for claim in CLAIMS:
+        if claim.name == name:
+            return claim
+    raise ValueError(f"there is no claim {name!r}; there are {', '.join(claim.name for claim in CLAIMS)}")
+
+
+def recorded() -> dict[str, Outcome]:
+    """What `make claims` has measured last, by name."""
+    rows = json.loads(KEPT.read_text(encoding="utf-8"))
+    return {row["name"]: Outcome(find(row["name"]), tuple(row["values"])) for row in rows}
 
 
 def check(claim: Claim, seeds: int | None = None) -> Outcome:
@@ -147,7 +164,6 @@ def power_saved(trace: str, seed: int) -> float:
 
 
 CHAT = Setting(slo=SLO(0.2, 0.1))
-BOTH = Placement(Parallelism(2), Parallelism(1))
 
 
 def chosen(seed: int) -> float:
@@ -158,9 +174,6 @@ def chosen(seed: int) -> float:
 def per_gpu(seed: int) -> float:
     """The goodput of that placement for each GPU."""
     return distserve.goodput(lambda: distserve.build(BOTH, CHAT), CHAT, seed)
-
-
-FIGURE_8 = replace(CHAT, slo=SLO(0.25, 0.1))
 
 
 @cache

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillm.policy.admission import GATES
-from minillm.policy.router import ROUTERS, ShortestQueue
-from minillm.sim import distserve, splitwise, tetri
+from minillm.policy.router import ROUTERS, LeastTokens, ShortestQueue
+from minillm.sim import distserve, own, splitwise, tetri
 from minillm.sim.cluster import Cluster, Kind, Together
 from minillm.sim.costs import Measured
 from minillm.sim.machine import Limits
@@ -60,9 +60,32 @@ def _parallelism(part: Part) -> distserve.Parallelism:
     return distserve.Parallelism(int(sizes.get("tp", 1)), int(sizes.get("pp", 1)))
 
 
+def _own(options: argparse.Namespace) -> own.Own | None:
+    """Step times that are asked for instead of published ones."""
+    if options.costs == "published":
+        return None
+    if options.costs == "roofline":
+        return own.by_roofline(options.model or "Llama-3.1-8B", options.device, options.link, chunk=options.chunk)
+    if options.model is not None:
+        raise ValueError(
+            f"--model {options.model!r}: {options.costs} is of the model that was calibrated: leave it out"
+        )
+    return own.by_calibration(options.costs, options.chunk)
+
+
+def _of_ranks(part: Part) -> tuple[int, int]:
+    """(tensor parallel ranks, how many instances)."""
+    parallelism = _parallelism(part)
+    if parallelism.pp > 1:
+        raise ValueError(f"--cluster: pp={parallelism.pp}: stages are simulated with published step times alone")
+    return parallelism.tp, part.count
+
+
 def _colocated(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
     if "both" not in parts:
         raise ValueError("--system colocated has machines that do both: write --cluster both=40xH100")
+    if (mine := _own(options)) is not None:
+        return own.together(mine, *_of_ranks(parts["both"]), CHOICES[options.router])
     machine, served = _machine(parts["both"]), _served(options)
     costs = Measured.published(served.name, machine.gpu, machine.capped)
     chunk = splitwise.MAX_TOKENS if options.chunk is None else options.chunk
@@ -89,6 +112,10 @@ def _splitwise(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
 
 
 def _distserve(options: argparse.Namespace, parts: dict[str, Part]) -> Cluster:
+    if (mine := _own(options)) is not None:
+        if "both" in parts:
+            return own.together(mine, *_of_ranks(parts["both"]), LeastTokens)
+        return own.apart(mine, _of_ranks(parts["prefill"]), _of_ranks(parts["decode"]))
     model = {"opt-13b": "OPT-13B", "opt-66b": "OPT-66B"}.get((options.model or "opt-13b").lower())
     if model is None:
         raise ValueError(f"--model {options.model!r}: fitted are OPT-13B, OPT-66B")
@@ -131,6 +158,7 @@ CLUSTERS = {
     "distserve": "prefill=1xtp=2,decode=1xtp=1",
     "tetriinfer": "prefill=1xV100,decode=1xV100",
 }
+OWN = {"colocated": "both=4xtp=1", "distserve": "prefill=1xtp=1,decode=1xtp=1"}  # with step times of one's own
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -139,6 +167,16 @@ def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("--cluster", metavar="TEXT", help="such as both=40xH100 or prefill=25xH100,decode=15xA100")
     options.add_argument(
         "--model", metavar="NAME", help="bloom-176b (default), llama-2-70b; distserve: opt-13b, opt-66b"
+    )
+    options.add_argument(
+        "--costs",
+        default="published",
+        metavar="HOW",
+        help="colocated, distserve: published step times (default), roofline, or a file of calibrate --json",
+    )
+    options.add_argument("--device", default="H100", metavar="NAME", help="with --costs roofline (default H100)")
+    options.add_argument(
+        "--link", default="NVLink 4", metavar="NAME", help="between its ranks and instances (default NVLink 4)"
     )
     options.add_argument(
         "--trace",
@@ -190,10 +228,16 @@ def simulate(options: argparse.Namespace) -> int:
     if (options.slo_ttft is None) != (options.slo_tpot is None):
         raise ValueError("an SLO has two sides: give both --slo-ttft and --slo-tpot")
     slo = SLO(options.slo_ttft, options.slo_tpot) if options.slo_ttft is not None else None
-    text = options.cluster or CLUSTERS[options.system]
+    if options.costs != "published" and options.system not in OWN:
+        raise ValueError(
+            f"--costs {options.costs}: {options.system} has published step times alone; {', '.join(OWN)} take others"
+        )
+    text = options.cluster or (OWN[options.system] if options.costs != "published" else CLUSTERS[options.system])
     cluster = SYSTEMS[options.system](options, parse(text))
     arrivals, left_out = _that_fit(
-        arrivals_of(options), cluster, distserve.LONGEST if options.system == "distserve" else None
+        arrivals_of(options),
+        cluster,
+        distserve.LONGEST if (options.system, options.costs) == ("distserve", "published") else None,
     )
     report = SimReport.of(cluster, cluster.serve(arrivals), slo)
     missed = splitwise.misses(report.tasks, _served(options)) if options.system == "splitwise" else None

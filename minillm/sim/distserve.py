@@ -87,6 +87,10 @@ class Setting:
     engine: str = "DistServe"
 
 
+BOTH = Placement(Parallelism(2), Parallelism(1))  # what the paper's search takes for OPT-13B (table 3)
+FIGURE_8 = Setting(slo=SLO(0.25, 0.1))
+
+
 def load(setting: Setting, rate: float, seed: int) -> list[Arrival]:
     """Poisson arrivals whose lengths are drawn, those that are too long for the model drawn again."""
     random, now = Random(seed), 0.0

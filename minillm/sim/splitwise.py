@@ -12,10 +12,10 @@ from random import Random
 import numpy as np
 
 from minillm.hardware.devices import Link
-from minillm.policy.handing import Role
+from minillm.policy.handing import Dispatcher, Role
 from minillm.policy.pooled import PoolDispatcher
 from minillm.policy.pools import Pools
-from minillm.policy.router import ShortestQueue
+from minillm.policy.router import LeastTokens, ShortestQueue
 from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
 from minillm.sim.costs import Measured, at
 from minillm.sim.machine import Limits
@@ -89,8 +89,12 @@ class Design:
         return self.prompts + self.tokens
 
 
-def build(design: Design, model: Hosted = BLOOM, link: Link | None = None, as_released: bool = True) -> Cluster:
-    """The cluster of a design. Without a `link` caches move as in the released simulator: 200 GiB/s for each of them, all at once."""
+def build(
+    design: Design, model: Hosted = BLOOM, link: Link | None = None, as_released: bool = True, mixed: bool = True
+) -> Cluster:
+    """The cluster of a design. Without a `link` caches move as in the released simulator: 200 GiB/s for each of them, all at once; without
+    the `mixed` pool machines keep to their roles.
+    """
     kind = partial(_kind, model, as_released)
     if design.token is None:
         return Together([kind(design.prompt)] * design.prompts, ShortestQueue(design.prompts))
@@ -99,6 +103,8 @@ def build(design: Design, model: Hosted = BLOOM, link: Link | None = None, as_re
     wires = Wires(
         link or Link("released", 200 * 2**30, 0.0, "splitwise-sim"), model.token_bytes, model.layers, link is not None
     )
+    if not mixed:
+        return Apart(kinds, Dispatcher(homes, ShortestQueue(len(kinds)), LeastTokens(len(kinds)), early=True), wires)
     return Apart(kinds, PoolDispatcher(Pools(homes, [model.cache_tokens] * len(kinds))), wires)
 
 

@@ -11,7 +11,7 @@ from random import Random
 
 from minillm.hardware.devices import Link, find_device
 from minillm.model.config import ModelConfig
-from minillm.policy.admission import GATES, HEAVY, Predictor, Running
+from minillm.policy.admission import GATES, HEAVY, Gate, Predictor, Running
 from minillm.policy.handing import Dispatcher, Role
 from minillm.policy.queue import Queue, Windowed
 from minillm.policy.router import LeastTokens
@@ -35,14 +35,14 @@ WORKLOADS = {  # (prompts, answers) light or heavy: LPHD is light prompts, heavy
 @dataclass(frozen=True)
 class Setup:
     """How many instances of each kind, and the switches: `order` of prompts in windows of `window`, the `gate` of decode instances, and the
-    `predictor` of lengths (None: it knows them). `idle_s` before an instance may change its role (None: never).
+    `predictor` of lengths (None: it knows them). A gate may be a function of one's own, too. `idle_s` before an instance may change its role (None: never).
     """
 
     prefills: int = 1
     decodes: int = 1
     order: str = "sjf"
     window: int = 16
-    gate: str = "reserve-dynamic"
+    gate: str | Gate = "reserve-dynamic"
     predictor: Predictor | None = Predictor(200, 0.749)
     link: Link | None = None
     idle_s: float | None = None
@@ -50,7 +50,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         for name, known in (("order", ORDERS), ("gate", GATES)):
-            if getattr(self, name) not in known:
+            if not callable(getattr(self, name)) and getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(known)}")
 
 
@@ -64,6 +64,7 @@ class Tetri(Apart):
 
     def __init__(self, setup: Setup, costs: Costs, seed: int = 0) -> None:
         self.setup, self.random = setup, Random(seed)
+        self.gate = setup.gate if callable(setup.gate) else GATES[setup.gate]
         count = setup.prefills + setup.decodes
         reads = Limits(setup.cache_tokens, 10_000, CHUNK, chunked=True)
         goes_on = Limits(setup.cache_tokens, 256, CHUNK, chunked=True)
@@ -94,7 +95,7 @@ class Tetri(Apart):
         running = [
             Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
         ]
-        return GATES[self.setup.gate](task.tokens, max(1, task.predicted - task.given), machine.free, running)
+        return self.gate(task.tokens, max(1, task.predicted - task.given), machine.free, running)
 
     def _broadcast(self) -> None:
         """Every 100 ms all hear how much room each has; while there is anything to do."""

@@ -509,3 +509,59 @@ def test_lesson_13(browser: Any, lab: str) -> None:
     card.screenshot(path=SHOTS / "13-ratio.png")
     assert page.broken == []
     page.close()
+
+
+@everything
+def test_lesson_14(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "14_distserve.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "14")
+    ask = page.locator(".minillm-card", has_text="how many times as fast is a decode step?")
+    guess_a_number(page, ask, 0.6, "×")
+    ask.last.screenshot(path=SHOTS / "14-phases.png")
+    turn(page, "A pipeline, or tensor parallel ranks?").screenshot(path=SHOTS / "14-queues.png")
+    card = turn(page, "Which placement?")
+    for slider in card.locator("input[type=range]").all():
+        slider.focus()
+        page.keyboard.press("End")
+    page.wait_for_timeout(2500)
+    card.screenshot(path=SHOTS / "14-placement.png")
+    assert page.broken == []
+    page.close()
+
+
+@everything
+def test_lesson_15(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "15_splitwise.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "15")
+    ask = page.locator(".minillm-card", has_text="when the idle rank may be borrowed?")
+    guess_a_number(page, ask, 0.6, "×")
+    ask.last.screenshot(path=SHOTS / "15-burst.png")
+    card = turn(page, "Who does what?")
+    for slider in card.locator("input[type=range]").all():
+        slider.focus()
+        page.keyboard.press("End")
+    page.wait_for_timeout(1500)
+    card.screenshot(path=SHOTS / "15-pools.png")
+    turn(page, "Are all nine kept?", "A100", "H100 capped", "code").screenshot(path=SHOTS / "15-objectives.png")
+    assert page.broken == []
+    page.close()
+
+
+def test_lesson_16(browser: Any, lab: str) -> None:
+    page = open_lesson(browser, lab, "16_tetriinfer.ipynb")
+    assert page.locator(".minillm-card").count() == 0
+    run_all(page, "16")
+    ask = page.locator(".minillm-card", has_text="How many times is a request put back")
+    guess_a_number(page, ask, 0.6, "times")
+    ask.last.screenshot(path=SHOTS / "16-back.png")
+    card = turn(page, "Who lets it in?")
+    for slider in card.locator("input[type=range]").all():
+        slider.focus()
+        page.keyboard.press("End")
+    page.wait_for_timeout(1500)
+    card.screenshot(path=SHOTS / "16-forecast.png")
+    turn(page, "Which part matters?", "Mixed", "fcfs", "greedy").screenshot(path=SHOTS / "16-parts.png")
+    assert page.broken == []
+    page.close()

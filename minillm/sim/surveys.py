@@ -1,0 +1,139 @@
+"""Many simulations of one question each: how two devices share a queue, which pair of layouts serves most, how a share of requests falls with
+the rate. What lesson 14 draws, after DistServe (Zhong et al. 2024, sections 3.1, 4, figure 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+from statistics import mean, stdev
+
+from minillm.hardware.profiles import Fit
+from minillm.policy.router import RoundRobin
+from minillm.sim import distserve
+from minillm.sim.cluster import Cluster, Kind, Together
+from minillm.sim.costs import Fitted
+from minillm.sim.distserve import BOTH, FIGURE_8, Placement, Setting
+from minillm.sim.machine import Limits
+from minillm.trace.metrics import SLO
+from minillm.trace.workload import Arrival, Lengths
+
+QUEUED = 6000  # prompts of one simulation
+DOTS = (0.3, 0.6, 0.85, 1.05)
+
+Point = tuple[float, float, float]  # rate for each GPU, share within the goals, its deviation from seed to seed
+
+
+def mean_ttft(load: float, stages: int, gain: float) -> float:
+    """Mean TTFT in units of one device's prompt time, DistServe's (2) for two stages and (3) for ranks that are `gain` times as fast, (1)
+    for neither; infinity where the queue is not stable.
+    """
+    if stages == 2:
+        return 1 + load / (4 * (2 - load)) if load < 2 else float("inf")
+    return 1 / gain + load / (2 * gain * (gain - load)) if load < gain else float("inf")
+
+
+@lru_cache(256)
+def simulated_ttft(load: float, stages: int, gain: float) -> float:
+    """The same by simulation of random arrivals."""
+    random, now_s, arrivals = Random(0), 0.0, []
+    for _ in range(QUEUED):
+        now_s += random.expovariate(load)
+        arrivals.append(Arrival(now_s, 1, 1))
+    fit = (1e3 / gain, 0.0, 0.0)
+    kind = Kind(Fitted(Fit(fit, fit, fit), stages=stages), Limits(10**9, 10**6, 1))
+    tasks = Together([kind], RoundRobin(1)).serve(arrivals)
+    return sum(task.ttft_s for task in tasks) / len(tasks)
+
+
+@dataclass(frozen=True)
+class Queues:
+    """Mean TTFT over the load: loads and times by formula, and dots by simulation."""
+
+    loads: list[float]
+    times: list[float]
+    dots: list[tuple[float, float]]
+
+
+def queues(gain: float) -> dict[str, Queues]:
+    """A pipeline of two stages, and two tensor parallel ranks that are `gain` times as fast as one device."""
+    found = {}
+    for name, stages, faster, most in (("pipeline", 2, 1.0, 1.3), ("tensor parallel", 1, gain, min(1.3, 0.96 * gain))):
+        loads = [most * (step + 1) / 60 for step in range(60)]
+        dots = [(load, simulated_ttft(load, stages, faster)) for load in DOTS if load < 0.93 * faster * stages]
+        found[name] = Queues(loads, [mean_ttft(load, stages, faster) for load in loads], dots)
+    return found
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Goodput for each GPU of `pairs` (tensor parallel ranks of a prefill and of a decode instance), and of ways to do both `together`."""
+
+    pairs: Mapping[tuple[int, int], float]
+    together: Mapping[str, float]
+
+    @property
+    def best(self) -> tuple[int, int]:
+        """The pair that serves most."""
+        return max(self.pairs, key=lambda pair: self.pairs[pair])
+
+    @property
+    def words(self) -> str:
+        """Who serves most."""
+        apart, (name, both) = self.pairs[self.best], max(self.together.items(), key=lambda each: each[1])
+        if not apart and not both:
+            return "Nothing keeps these goals"
+        if apart >= both:
+            more = f"{apart / both:.2f} times what doing both serves" if both else "doing both cannot keep the goals"
+            return f"Apart wins, prefill on {self.best[0]}, decode on {self.best[1]}: {more}"
+        more = f"{both / apart:.2f} times what the best pair serves" if apart else "no pair keeps the goals"
+        return f"Doing both wins, on {name.removeprefix('both, ')}: {more}"
+
+
+def survey(setting: Setting, gpus: int = 4, seeds: int = 1) -> Survey:
+    """All pairs that fit so many GPUs, and all ways of doing both that do: with prompts first, and in chunks."""
+    setting = replace(setting, requests=100)
+    rate = lambda make: mean(distserve.goodput(make, setting, seed, step=1 / 16) for seed in range(seeds))  # noqa: E731
+    one = list(distserve.options(setting, gpus))
+    pairs = {
+        (prefill.tp, decode.tp): rate(lambda: distserve.build(Placement(prefill, decode), setting))  # noqa: B023
+        for prefill in one
+        for decode in one
+        if prefill.gpus + decode.gpus <= gpus
+    }
+    together = {}
+    for each in one[:3]:
+        ranks = f"{each.tp} rank{'s' * (each.tp > 1)}"
+        together[f"both, {ranks}"] = rate(lambda: distserve.colocated(setting, each.tp))  # noqa: B023
+        if each.tp > 1:
+            together[f"both, {ranks}, chunks"] = rate(lambda: distserve.colocated(setting, each.tp, chunk=512))  # noqa: B023
+    return Survey(pairs, together)
+
+
+def asking(ttft_ms: float, tpot_ms: float, tokens_in: int, tokens_out: int) -> Setting:
+    """OPT-13B under these goals, with lengths drawn around these medians."""
+    return Setting(slo=SLO(ttft_ms / 1e3, tpot_ms / 1e3), lengths=Lengths(tokens_in, 0.5, tokens_out, 0.5))
+
+
+def figure8(
+    seeds: int = 8, rates: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+) -> dict[str, list[Point]]:
+    """SLO attainment over the rate for each GPU: DistServe's placement, doing both on two GPUs with the same step times, and its vLLM on one."""
+    theirs = replace(FIGURE_8, engine="vLLM")
+    ways: dict[str, tuple[Setting, Callable[[], Cluster]]] = {
+        "DistServe, 2 and 1 GPUs": (FIGURE_8, lambda: distserve.build(BOTH, FIGURE_8)),
+        "both, 2 GPUs": (FIGURE_8, lambda: distserve.colocated(FIGURE_8, 2)),
+        "vLLM of 2023, 1 GPU": (theirs, lambda: distserve.colocated(theirs, 1)),
+    }
+    return {name: [_point(make, setting, rate, seeds) for rate in rates] for name, (setting, make) in ways.items()}
+
+
+def _point(make: Callable[[], Cluster], setting: Setting, rate: float, seeds: int) -> Point:
+    shares = []
+    for seed in range(seeds):
+        cluster = make()
+        tasks = cluster.serve(distserve.load(setting, rate * cluster.gpus, seed))
+        shares.append(distserve.attainment(tasks, setting.slo))
+    return rate, mean(shares), stdev(shares) if seeds > 1 else 0.0
