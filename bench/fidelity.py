@@ -12,16 +12,11 @@ from typing import Any
 from harness import run_parts
 
 from minillm import LLM, EngineOptions
-from minillm.calibrate import Calibration, calibrate
-from minillm.hardware.devices import Link
+from minillm.calibrate import calibrate
 from minillm.load import drive
-from minillm.policy.handing import Dispatcher, Role
-from minillm.policy.router import LeastTokens
-from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
-from minillm.sim.costs import Fitted
-from minillm.sim.machine import Limits
 from minillm.trace.metrics import percentile
 from minillm.trace.workload import Arrival
+from minillm.twin import twin_of
 
 OPTIONS = EngineOptions(num_blocks=256, max_running=16, max_step_tokens=512)
 ROUNDS, SECONDS, RATE = 3, 25.0, 1.4
@@ -36,18 +31,6 @@ def load(seed: int) -> list[Arrival]:
     return arrivals
 
 
-def simulated(found: Calibration, layout: str, token_bytes: float) -> Cluster:
-    """The same two ranks, as the simulator has them."""
-    limits = Limits(OPTIONS.num_blocks * OPTIONS.block_size, OPTIONS.max_running, OPTIONS.max_step_tokens, chunked=True)
-    kinds = [Kind(Fitted(found.fit), limits)] * 2
-    if layout == "dp=2":
-        return Together(kinds, LeastTokens(2))
-    alpha_s, byte_s = found.transfer or (0.0, 0.0)
-    link = Link("calibrated", 1 / byte_s if byte_s else 1e15, alpha_s, "calibrated")
-    dispatcher = Dispatcher([Role.PREFILL, Role.DECODE], LeastTokens(2), LeastTokens(2), early=True)
-    return Apart(kinds, dispatcher, Wires(link, token_bytes, 1))  # what is seen of a move was measured
-
-
 def figures(lives: Any) -> dict[str, float]:
     """P50 and P99 of TTFT and TPOT, in ms."""
     return {
@@ -59,7 +42,6 @@ def figures(lives: Any) -> dict[str, float]:
 
 def fidelity(one: LLM) -> dict[str, Any]:
     """Predicted over measured, seed by seed."""
-    token_bytes = one.config.kv_numbers_per_token * 4.0
     with (
         LLM(one.folder, SPLIT, device="cpu", options=OPTIONS) as split,
         LLM(one.folder, "dp=2", device="cpu", options=OPTIONS) as two,
@@ -70,7 +52,7 @@ def fidelity(one: LLM) -> dict[str, Any]:
         for seed in range(ROUNDS):
             for layout, llm in (("dp=2", two), (SPLIT, split)):
                 measured = figures(drive(llm, load(seed), seed).lives)
-                predicted = figures(simulated(found, layout, token_bytes).serve(load(seed)))
+                predicted = figures(twin_of(llm, found).serve(load(seed)))
                 raw[layout].append({"measured_ms": measured, "predicted_ms": predicted})
                 print(
                     layout,
