@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from minillm.policy.admission import Predictor
-from minillm.sim import distserve, splitwise, tetri
+from minillm.sim import distserve, lending, splitwise, tetri
 from minillm.sim.distserve import BOTH, FIGURE_8, Setting
 from minillm.sim.splitwise import A100, H100, H100_CAPPED, Design
 from minillm.trace.metrics import SLO
@@ -208,6 +208,19 @@ def gates(seed: int) -> float:
     return times[0] / times[1]
 
 
+@cache
+def lending_gain(seed: int, machines: int, spread: float) -> float:
+    """Tokens per second of machines that lend each other memory over those that do not."""
+    return lending.gain(seed, machines, spread)
+
+
+def lending_grows(seed: int) -> float:
+    """Whether that grows with the variance of lengths, and with the number of machines: 1 if so."""
+    by_spread = [lending_gain(seed, 8, spread) for spread in (0.0, 0.4, 1.2)]
+    by_count = [lending_gain(seed, machines, 1.2) for machines in (2, 8)]
+    return float(by_spread == sorted(set(by_spread)) and by_count == sorted(set(by_count)))
+
+
 CLAIMS = [
     Claim(
         "splitwise-aa", "conversations on Splitwise-AA over Baseline-A100, at equal power", "data", 2.15, 1.9, 2.4,
@@ -272,5 +285,13 @@ CLAIMS = [
     Claim(
         "tetri-reserve-dynamic", "job completion time with reserve-dynamic over greedy, lengths known", "sign", 0.88, 0.0, 1.0, gates,
         fast=True, why="as above",
+    ),
+    Claim(
+        "infinite-gain", "throughput of 8 Infinite-LLM instances over as many without, lengths unlike", "sign", 1.35, 1.0, 1.8,
+        lambda seed: lending_gain(seed, 8, 0.8), why="the traces are not public: signs alone",
+    ),
+    Claim(
+        "infinite-order", "1 if that grows with the variance of lengths and with the number of instances", "sign", 1.0, 0.7, 1.0,
+        lending_grows, why="as above",
     ),
 ]  # fmt: skip

@@ -75,6 +75,17 @@ class Cluster:
     def idle(self, machine: Machine) -> None:
         """A machine has nothing to do."""
 
+    def lendable(self, machine: Machine) -> int:
+        """Tokens of cache that others would lend a machine now."""
+        return 0
+
+    def short(self, machine: Machine, tokens: int) -> None:
+        """A machine lacks room for so many."""
+
+    def away_s(self, machine: Machine) -> float:
+        """Seconds that a decode step of a machine takes longer, because caches of its requests are elsewhere."""
+        return 0.0
+
 
 class Together(Cluster):
     """Every machine does both; `router` chooses."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Protocol
 
 import numpy as np
 
@@ -69,6 +70,13 @@ class Placement:
         return sum(each.gpus * count for each, count in parts if each is not None)
 
 
+class Drawn(Protocol):
+    """Lengths that are drawn."""
+
+    def draw(self, random: Random) -> tuple[int, int]:
+        """(prompt tokens, new tokens) of one request."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is served, and what is asked: `percent` of requests keep to each half of the SLO by themselves, as the released search asks.
@@ -80,7 +88,7 @@ class Setting:
     model: str = "OPT-13B"
     slo: SLO = SLO(0.2, 0.1)
     percent: float = 90.0
-    lengths: Lengths = SHARED_LENGTHS
+    lengths: Drawn = SHARED_LENGTHS
     requests: int = 300
     saturating: int | None = SATURATING
     link: Link | None = None
@@ -223,8 +231,8 @@ def place_high(setting: Setting, rate: float, gpus: int = 4, seed: int = 0) -> F
     return Found(placement, min(halves[0] * prefills, halves[1] * decodes) / placement.gpus, 2 * len(each))
 
 
-def place_low(setting: Setting, gpus: int = 4, seed: int = 0) -> Found:
-    """Algorithm 2, where a cache stays within its node: the best pair that fits one node, simulated together."""
+def place_low(setting: Setting, gpus: int = 4, seed: int = 0, step: float = 1 / 64) -> Found:
+    """Algorithm 2, where a cache stays within its node: the best pair that fits one node, simulated together, with rates to `step`."""
     pairs = [
         Placement(prefill, decode)
         for prefill in options(setting, gpus)
@@ -233,15 +241,15 @@ def place_low(setting: Setting, gpus: int = 4, seed: int = 0) -> Found:
     if not pairs:
         raise ValueError(f"{setting.model} does not fit {gpus} GPUs twice, for prefill and for decode: give more")
     per_gpu, placement = max(
-        ((_rated(pair, setting, seed), pair) for pair in pairs), key=lambda rated: (rated[0], -rated[1].gpus)
+        ((_rated(pair, setting, seed, step), pair) for pair in pairs), key=lambda rated: (rated[0], -rated[1].gpus)
     )
     if not per_gpu:
         raise ValueError(_hopeless(setting, seed))
     return Found(placement, per_gpu, len(pairs))
 
 
-def _rated(placement: Placement, setting: Setting, seed: int) -> float:
-    return goodput(lambda: build(placement, setting), setting, seed)
+def _rated(placement: Placement, setting: Setting, seed: int, step: float = 1 / 64) -> float:
+    return goodput(lambda: build(placement, setting), setting, seed, step=step)
 
 
 def _hopeless(setting: Setting, seed: int) -> str:

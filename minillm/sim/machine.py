@@ -9,52 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from minillm.policy.queue import Queue
 from minillm.sim.clock import Clock
 from minillm.sim.costs import Costs
 from minillm.sim.decodes import Decodes
 from minillm.sim.leap import Leap
+from minillm.sim.limits import Limits, Owner
 from minillm.sim.task import Task
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`cache_tokens` fit its KV cache; a step takes at most `max_running` requests and `max_step_tokens` tokens.
-
-    Switches: `chunked` cuts prompts to the step's budget; `apart` reads prompts in steps of their own, first of all (vLLM before
-    chunked prefill; off: decodes go along); `reserve` keeps room for a request's longest length before it starts (off: for what it has, and
-    the last one is put back when room runs out).
-    """
-
-    cache_tokens: int
-    max_running: int = 256
-    max_step_tokens: int = 2048
-    chunked: bool = False
-    apart: bool = False
-    reserve: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("cache_tokens", "max_running", "max_step_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: give a whole number from 1")
-
-
-class Owner(Protocol):
-    """Who hears what happens on a machine."""
-
-    def started(self, machine: Machine, task: Task) -> None: ...
-
-    def first(self, machine: Machine, task: Task) -> None: ...
-
-    def finished(self, machine: Machine, task: Task) -> None: ...
-
-    def has_room(self, machine: Machine, task: Task) -> None: ...
-
-    def idle(self, machine: Machine) -> None: ...
 
 
 class Machine:
@@ -78,6 +40,7 @@ class Machine:
         self.decodes = Decodes()
         self.coming = 0  # requests with room here whose caches are on the way
         self.used = 0  # tokens of the cache that are taken
+        self.borrowed = self.lent = 0  # of others' caches, and to others
         self.busy_s = 0.0
         self._joining: list[Task] = []
         self._busy = self._woken = False
@@ -118,10 +81,20 @@ class Machine:
     @property
     def free(self) -> int:
         """Tokens of the cache that are not taken, as of the last step's end."""
-        return self.limits.cache_tokens - self.used
+        return self.limits.cache_tokens + self.borrowed - self.lent - self.used
+
+    @property
+    def idle_tokens(self) -> int:
+        """Tokens that are free, and that the steps under way will not take."""
+        steps = self._leap.steps if self._leap is not None else 1
+        return self.free - steps * self.decodes.batch
+
+    def look(self) -> None:
+        """There may be room elsewhere."""
+        self._poke()
 
     def _check(self, tokens: int) -> None:
-        if tokens > self.limits.cache_tokens:
+        if tokens > self.limits.cache_tokens and tokens > self.free + self.owner.lendable(self):
             raise ValueError(
                 f"a request needs {tokens:,} tokens of KV cache, but machine {self.number} has room for "
                 f"{self.limits.cache_tokens:,}: leave it out, or take machines with more memory"
@@ -151,7 +124,9 @@ class Machine:
         if self._running >= self.limits.max_running:
             return False
         comes = bool(self.expected) and self._may_come(self.expected[0])
-        return comes or (bool(self.waiting) and self._claim(self.waiting.first) <= self.free)
+        if comes or not self.waiting:
+            return comes
+        return self._claim(self.waiting.first) <= self.free + self.owner.lendable(self)
 
     @property
     def _running(self) -> int:
@@ -198,7 +173,7 @@ class Machine:
         while not alone and self.waiting and budget > 0 and self._running < limits.max_running:
             task = self.waiting.first
             too_much = not limits.chunked and task.tokens > budget and parts
-            if too_much or self._claim(task) > self.free:
+            if too_much or not self._has_room(self._claim(task)):
                 break
             self.waiting.pop()
             self.used += self._claim(task)
@@ -208,6 +183,12 @@ class Machine:
             self.owner.started(self, task)
             budget -= self._part(task, budget, parts)
         return parts
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether so many are free, or can be borrowed: then they are."""
+        if tokens > self.free:
+            self.owner.short(self, tokens - self.free)
+        return tokens <= self.free
 
     def _part(self, task: Task, budget: int, parts: list[tuple[Task, int, int]]) -> int:
         """Take what the budget allows of a prompt; returns how much that is."""
@@ -288,6 +269,7 @@ class Machine:
         if not self.limits.reserve:
             steps = min(steps, self.free // decodes.batch)
         base_s, slope_s = self.costs.decode(decodes.batch)
+        base_s += self.owner.away_s(self)
         leap = self._leap = Leap(self.clock.now_s, steps, base_s, slope_s, decodes.batch, decodes.context)
         self._busy, self._version = True, self._version + 1
         decodes.first_gap(leap.began_s + leap.run_s(1))
@@ -319,7 +301,7 @@ class Machine:
     def _make_room(self) -> bool:
         """Every request that decodes needs room for a token: put the last ones back until there is some; whether any was."""
         before = self.decodes.batch
-        while not self.limits.reserve and self.decodes.batch > self.free:
+        while not self.limits.reserve and not self._has_room(self.decodes.batch):
             task = self.decodes.put_back()
             self.used -= task.read
             task.read, task.preemptions, task.put_back_s = 0, task.preemptions + 1, self.clock.now_s

@@ -90,9 +90,9 @@ WORKLOADS = {
     "a chat, TTFT 0.2 s, TPOT 0.1 s": FEW,
     "the first token may take 1 s, TPOT 0.03 s": replace(FEW, slo=SLO(1.0, 0.03)),
     "TTFT 0.4 s, TPOT 0.04 s": replace(FEW, slo=SLO(0.4, 0.04)),
-    "long prompts, short answers": replace(FEW, lengths=replace(FEW.lengths, prompt_median=1100, prompt_spread=0.3, new_median=20)),
+    "long prompts, short answers": replace(FEW, lengths=replace(distserve.SHARED_LENGTHS, prompt_median=1100, prompt_spread=0.3, new_median=20)),
     "short prompts, long answers": replace(
-        FEW, lengths=replace(FEW.lengths, prompt_median=100, new_median=500, new_spread=0.4), slo=SLO(0.15, 0.03), requests=200
+        FEW, lengths=replace(distserve.SHARED_LENGTHS, prompt_median=100, new_median=500, new_spread=0.4), slo=SLO(0.15, 0.03), requests=200
     ),
 }  # fmt: skip
 
