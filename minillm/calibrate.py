@@ -97,7 +97,7 @@ class _Grid:
 
     def read_prompts(self, lengths: Sequence[int]) -> None:
         """Prompts, one at a time; other ranks decode meanwhile, if there are any."""
-        others = self.begin(4, 96, min(400, self.longest - 128)) if self.split else []
+        others = self.begin(4, min(96, self.longest // 2), min(400, self.longest // 2)) if self.split else []
         for length in (each for each in lengths if each <= min(self.longest, self.llm.options.max_step_tokens)):
             (life,) = self.serve(1, length, 2)
             self.reads.append(Measure((1.0, length, length * length), life.ttft_s))

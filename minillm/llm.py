@@ -36,7 +36,7 @@ from minillm.parallel.layout import Layout
 from minillm.parallel.remote import RemoteEngine
 from minillm.policy.batch import Batch, Chunk
 from minillm.policy.experts import Placement
-from minillm.policy.options import EngineOptions
+from minillm.policy.options import CONTROL, EngineOptions
 from minillm.policy.router import Router, make_router
 from minillm.ranks.launch import Launch
 from minillm.ranks.pool import Ranks
@@ -69,6 +69,7 @@ class LLM(Session):
         self.options = _options(options)
         self.layout = parse_layout(layout)
         _check_borrowing(self.options, self.layout)
+        _check_control(self.options, self.layout, router)
         self.folder = find_checkpoint(checkpoint)
         self.config = read_config(self.folder)
         self.layout.check(self.config)
@@ -161,6 +162,7 @@ class LLM(Session):
         twin.router = router or self.router
         make_router(twin.router, twin.layout.routed)
         _check_borrowing(twin.options, twin.layout)
+        _check_control(twin.options, twin.layout, twin.router)
         twin._check_open()
         return twin
 
@@ -284,6 +286,20 @@ def _check_borrowing(options: EngineOptions, layout: Layout | SplitLayout) -> No
         raise ValueError(
             f"borrowing=True: layout {str(layout)!r} {why}; give one with several instances, such as 'dp=2'"
         )
+
+
+def _check_control(options: EngineOptions, layout: Layout | SplitLayout, router: str | type[Router]) -> None:
+    """Raise `ValueError` for options of the control plane that would do nothing."""
+    if not isinstance(layout, SplitLayout):
+        for name in CONTROL:
+            value = getattr(options, name)
+            if value != getattr(EngineOptions, name):
+                raise ValueError(
+                    f"{name}={value!r}: layout {str(layout)!r} has no prefill and decode instances: leave it out, or give one "
+                    "such as 'prefill=1xtp=1,decode=1xtp=1'"
+                )
+    elif options.dispatch == "pools" and (options.decode_router, router) != ("least-tokens", "least-tokens"):
+        raise ValueError("dispatch='pools' settles who reads and who decodes: leave router and decode_router out")
 
 
 def _refuse_ranks(ranks: Ranks | Sequence[Ranks] | None) -> None:

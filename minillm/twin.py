@@ -10,15 +10,16 @@ from minillm.disagg.control import make_dispatcher
 from minillm.disagg.layout import SplitLayout
 from minillm.hardware.devices import Link
 from minillm.llm import LLM
-from minillm.policy.admission import GATES, Running
+from minillm.policy.admission import GATES
 from minillm.policy.handing import Role
 from minillm.policy.pooled import PoolDispatcher
 from minillm.policy.router import make_router
 from minillm.policy.spread import PowerOfTwo
 from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
 from minillm.sim.costs import Fitted
-from minillm.sim.machine import Limits, Machine
+from minillm.sim.machine import Limits
 from minillm.sim.task import Task
+from minillm.sim.tetri import admit_by
 from minillm.trace.life import RequestLife
 from minillm.trace.metrics import percentile
 
@@ -36,11 +37,13 @@ class Twin(Apart):
         if isinstance(dispatcher, PoolDispatcher):
             dispatcher.pools.cache_tokens = [limits.cache_tokens] * len(roles)
             dispatcher.pools.most_pending = llm.engine.dispatcher.pools.most_pending  # type: ignore[union-attr]
-        self.gate, self.predictor, self.random = GATES[options.gate], options.predictor, Random(0)
+        self.predictor, self.random = options.predictor, Random(0)
         alpha_s, byte_s = found.transfer or (0.0, 0.0)
         link = Link("calibrated", 1 / byte_s if byte_s else 1e15, alpha_s, "measured here")
         token_bytes = llm.config.kv_numbers_per_token * float(llm.dtype.itemsize)
-        kind = Kind(Fitted(found.fit), limits, admits=None if options.gate == "greedy" else self._admits)
+        kind = Kind(
+            Fitted(found.fit), limits, admits=None if options.gate == "greedy" else admit_by(GATES[options.gate])
+        )
         super().__init__(
             [kind] * len(roles), dispatcher, Wires(link, token_bytes, 1)
         )  # what is seen of a move was measured
@@ -52,12 +55,6 @@ class Twin(Apart):
         if isinstance(decode, PowerOfTwo):
             decode.hear([machine.free for machine in self.machines])
         super().arrive(task)
-
-    def _admits(self, machine: Machine, task: Task) -> bool:
-        running = [
-            Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
-        ]
-        return self.gate(task.tokens, max(1, task.predicted - task.given), machine.free, running)
 
 
 def twin_of(llm: LLM, found: Calibration) -> Cluster:

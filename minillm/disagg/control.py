@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from random import Random
 
 from minillm.parallel.remote import RemoteEngine
-from minillm.policy.admission import Predictor
 from minillm.policy.handing import Dispatcher, Role
 from minillm.policy.options import EngineOptions
 from minillm.policy.pooled import PoolDispatcher
 from minillm.policy.pools import Pools
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.router import LeastTokens, Router
-from minillm.policy.spread import PowerOfTwo, Watcher
-
-BROADCAST_S = 0.1  # TetriInfer's monitor (Hu et al. 2024, section 3.2)
+from minillm.policy.spread import BROADCAST_S, PowerOfTwo, Watcher
 
 
 def make_dispatcher(roles: Sequence[Role], options: EngineOptions, prefill: Router) -> Dispatcher:
@@ -40,12 +37,16 @@ class Control:
         if isinstance(dispatcher, PoolDispatcher):
             dispatcher.pools.cache_tokens = [each.num_blocks * options.block_size for each in engines]
 
-    def predict(self, request: ScheduledRequest) -> None:
-        """Say how long a request that has just come may become."""
-        predictor: Predictor | None = self.options.predictor
-        if predictor is not None and not request.predicted:
-            most_new = request.longest - len(request.tokens)
-            request.predicted = len(request.tokens) + max(1, predictor.lower_end(most_new, self.random))
+    def predict(self, requests: Sequence[ScheduledRequest]) -> int:
+        """Say how long a request that has just come, and other samples of its prompt, may become; returns how many tokens a dispatcher counts on."""
+        first, predictor = requests[0], self.options.predictor
+        most_new = first.longest - len(first.tokens)
+        if predictor is not None and not first.predicted:
+            guess = len(first.tokens) + max(1, predictor.lower_end(most_new, self.random))
+            for each in requests:
+                each.predicted = guess
+        guessed = first.predicted - len(first.tokens) if first.predicted and self.dispatcher.guesses else most_new
+        return max(1, guessed)
 
     def look(self, now_s: float) -> None:
         """Every 100 ms all hear how much room each has, and who has been idle for long may change its role."""
@@ -58,6 +59,6 @@ class Control:
             decode.hear([(load.num_blocks - load.used_blocks) * self.options.block_size for load in loads])
         if self.watcher is not None and not self.dispatcher.turning:
             busy = [self.dispatcher.busy(number) for number in range(len(self.engines))]
-            if turn := self.watcher.look(now_s, busy, self.dispatcher.roles):
+            if turn := self.watcher.look(now_s, busy, self.dispatcher.roles, self.dispatcher.lost):
                 self.dispatcher.flip(*turn)
                 self.flips.append((now_s, *turn))

@@ -91,19 +91,17 @@ class Split(Replicas):
     def _place(self) -> None:
         """Hand out requests that nobody serves, and those whose prompts are read and which nobody goes on with."""
         for request_id, way in list(self.dispatcher.ways.items()):
-            if way.read and way.decode == NOBODY:
+            if way.read and way.decode == NOBODY and request_id in self.dispatcher.ways:
                 self._send_on(request_id, self.dispatcher.read(request_id))
         while self._homeless and self.dispatcher.present(Role.PREFILL):
             request = self._homeless[0]
-            self.control.predict(request.scheduled)
-            tokens, longest = request.scheduled.tokens, request.scheduled.predicted or request.scheduled.longest
-            chosen = self.dispatcher.route(request.request_id, tokens, max(1, longest - len(tokens)))
-            handed = self.dispatcher.hands(request.request_id)
+            most_new = self.control.predict([each.scheduled for each in [request, *request.twins]])
+            chosen = self.dispatcher.route(request.request_id, request.scheduled.tokens, most_new)
             with uninterrupted(), self._guarded(self.engines[chosen]):
                 self._homeless.popleft()
                 for twin in [] if request.token_ids else request.twins:
                     self.dispatcher.join(twin.request_id, request.request_id)
-                self.engines[chosen].take_over([request], handed=handed)
+                self.engines[chosen].take_over([request], handed=self.dispatcher.hands(request.request_id))
 
     def _send_on(self, request_id: int, decode: int | None) -> None:
         """Let an instance for decode have a request, with where its cache is, or will be."""
@@ -134,7 +132,8 @@ class Split(Replicas):
                 if onward is None and way.decode != NOBODY:
                     self._give(request_id, way.decode)
                 self._send_on(request_id, onward)
-                self._forget(request_id, [self.dispatcher.free(request_id)])
+                if request_id in self.dispatcher.ways:  # else whom it was sent to is lost, and it begins anew
+                    self._forget(request_id, [self.dispatcher.free(request_id)])
         return pieces
 
     def _heed(self, engine: RemoteEngine) -> None:

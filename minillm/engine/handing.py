@@ -23,7 +23,7 @@ def guard(scheduler: Scheduler, gate: Gate) -> None:
     """Let requests that come from elsewhere start when a gate says so, too."""
 
     def may_start(request: ScheduledRequest) -> bool:
-        if not request.arriving:
+        if not request.arriving or not scheduler.running:  # alone it may start, if it fits
             return True
         running = [Running(len(each.tokens), each.to_come) for each in scheduler.running]
         free = scheduler.pool.num_free * scheduler.pool.block_size
@@ -56,7 +56,7 @@ class What(Enum):
 @dataclass(frozen=True)
 class Note:
     """What happened to a request. A prompt that is being read has so many `tokens`; it is the `reading`-th of this engine, for the
-    request `alone` or for other samples too.
+    request `alone` or for other samples too. `epoch` is that of the request.
     """
 
     what: What
@@ -64,6 +64,7 @@ class Note:
     reading: int = 0
     tokens: int = 0
     alone: bool = True
+    epoch: int = 0
 
 
 class Handing:
@@ -88,7 +89,7 @@ class Handing:
             request = self.requests.get(request_id)
             if request is None or not request.scheduled.arriving:
                 continue
-            self.notes.append(Note(What.CAME if came else What.BROKEN, request_id))
+            self.notes.append(Note(What.CAME if came else What.BROKEN, request_id, epoch=request.epoch))
             if came:
                 request.life.note(Event.CAME, now_s)
                 self.came.add(request_id)
@@ -98,7 +99,7 @@ class Handing:
         """A batch was put together: some prompts begin, some were put aside, and for some requests there are blocks now."""
         for request_id in batch.preempted:
             if request_id in self.requests and self.requests[request_id].scheduled.handed:
-                self.notes.append(Note(What.UNREAD, request_id))
+                self.notes.append(Note(What.UNREAD, request_id, epoch=self.requests[request_id].epoch))
         begun = [note for request_id in started for note in self._begun(self.requests[request_id])]
         self.notes += begun
         if begun and self.early:
@@ -116,7 +117,7 @@ class Handing:
             return []
         samples = [request, *request.twins] if scheduled.samples > 1 else [request]
         about = scheduled.reading, len(scheduled.tokens), len(samples) == 1
-        return [Note(What.STARTED, each.request_id, *about) for each in samples]
+        return [Note(What.STARTED, each.request_id, *about, epoch=each.epoch) for each in samples]
 
     def left(self, request: Request) -> None:
         """A request has ended, and the scheduler knows: nothing comes for it any more."""

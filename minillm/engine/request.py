@@ -68,6 +68,7 @@ class Request:
     shown: int = 0  # characters of `text` handed out already
     finish_reason: str | None = None
     moves: int = 0  # replicas that it has lost
+    epoch: int = 0  # which of the times that it was sent to an engine this is
     _cut: bool = False  # at a stop string
 
     @property

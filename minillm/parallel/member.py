@@ -225,7 +225,7 @@ def _told(seat: Seat, request: Request, piece: Piece) -> Told:
     """A piece, and the moments of its request that were not told yet."""
     life = request.life
     began, seat.told[request] = seat.told.get(request, 0), len(life.moments)
-    return Told(piece, began, tuple(life.moments[began:]), life.reused_tokens)
+    return Told(request.epoch, piece, began, tuple(life.moments[began:]), life.reused_tokens)
 
 
 def _record(seat: Seat, here: RankContext, recording: Recording) -> None:

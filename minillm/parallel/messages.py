@@ -57,7 +57,8 @@ class Added:
     """A request that comes in: what `intake` needs to make it again, and its number.
 
     One that another engine has begun brings the tokens that it was given, which of the samples it is, and its life. One to be
-    `handed` over is kept after its next token; one with a `source` goes on with the cache that is there.
+    `handed` over is kept after its next token; one with a `source` goes on with the cache that is there. Whatever is told of it says in
+    which `epoch` it was sent, for it may be dropped and sent again, or its number given again, while word of it is on its way.
     """
 
     request_id: int
@@ -72,6 +73,7 @@ class Added:
     handed: bool = False
     source: Source | None = None
     predicted: int = 0
+    epoch: int = 0
 
     @classmethod
     def of(cls, request: Request) -> Added:
@@ -89,6 +91,7 @@ class Added:
 class Told:
     """What a step gave a request: the piece, and the moments of its life from the `since`-th on."""
 
+    epoch: int
     piece: Piece
     since: int
     moments: tuple[tuple[Event, float], ...]
@@ -142,6 +145,7 @@ def add(each: list[Added]) -> Message:
             request.life.moments = list(added.moments)
             for sample in [request, *request.twins]:
                 sample.scheduled.handed, sample.scheduled.predicted = added.handed, added.predicted
+                sample.epoch = added.epoch
             if added.source is not None:
                 assert engine.handing is not None
                 request.scheduled.arriving = added.source.tokens
@@ -151,11 +155,12 @@ def add(each: list[Added]) -> Message:
     return message
 
 
-def cancel(request_ids: list[int]) -> Message:
-    """A message for rank 0: requests that nobody wants any more."""
+def cancel(epochs: dict[int, int]) -> Message:
+    """A message for rank 0: requests, sent in these epochs, that nobody wants any more."""
 
     def message(engine: Engine, intake: Intake) -> None:
-        engine.drop([engine.requests[each] for each in request_ids if each in engine.requests])
+        here = [engine.requests[each] for each in epochs if each in engine.requests]
+        engine.drop([request for request in here if request.epoch == epochs[request.request_id]])
 
     return message
 

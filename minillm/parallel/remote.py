@@ -36,6 +36,7 @@ from minillm.trace.recorder import Recorder
 
 WAIT_S = 0.05
 _numbers = count(1)  # of engines, unique in this process
+_epochs = count(1)  # of requests that are sent
 
 
 class RemoteEngine:
@@ -66,6 +67,7 @@ class RemoteEngine:
         self.number = next(_numbers)
         weakref.finalize(self, instance.forgotten.append, self.number)
         self.requests: dict[int, Request] = {}
+        self._epochs: dict[int, int] = {}  # in which each of them was sent
         self.failed: frozenset[int] = frozenset()
         self._call: Call | None = None
         self._asked: frozenset[int] = frozenset()  # what the ranks had been sent when the call began
@@ -138,10 +140,12 @@ class RemoteEngine:
         """
         shares: dict[int, list[Added]] = {}
         for request, leader in zip(requests, self._leaders_for(requests)):
+            epoch = next(_epochs)
             for each in [request] if request.token_ids else [request, *request.twins]:
-                self.requests[each.request_id] = each
+                self.requests[each.request_id], self._epochs[each.request_id] = each, epoch
                 each.life.rank = self.first_rank + leader
-            shares.setdefault(leader, []).append(replace(Added.of(request), handed=handed, source=source))
+            added = replace(Added.of(request), handed=handed, source=source, epoch=epoch)
+            shares.setdefault(leader, []).append(added)
         self._asked -= {each.request_id for each in requests}  # sent again
         with self._or_lost(RankError):
             if self._call is None:
@@ -213,8 +217,9 @@ class RemoteEngine:
         self.notes = [note for note in self.notes if note.request_id not in mine]  # the number may be given again
         for request_id in mine:
             self.router.ended(request_id)
+        epochs = {request_id: self._epochs.pop(request_id) for request_id in mine}
         for leader in self.leaders if mine and self.instance.ranks.pids else ():
-            self._post(leader, cancel(mine))
+            self._post(leader, cancel(epochs))
         if self._call is not None and not self.requests:
             with suppress(RankError):  # nobody is left whom it concerns; the ranks start anew
                 self._poll(0.0)
@@ -270,7 +275,7 @@ class RemoteEngine:
         self._call = None
         self._rest()
         self.instance.opened.pop(self.number, None)
-        lost, self.requests = list(self.requests.values()), {}
+        lost, self.requests, self._epochs = list(self.requests.values()), {}, {}
         for request in lost:
             self.router.ended(request.request_id)
         if self.fails:
@@ -295,10 +300,10 @@ class RemoteEngine:
         turn: Turn = event
         self._loads[rank] = turn.load
         self.beat = turn.beat
-        self.notes += [note for note in turn.notes if note.request_id in self.requests]
+        self.notes += [note for note in turn.notes if self._epochs.get(note.request_id) == note.epoch]
         for told in turn.told:
             request = self.requests.get(told.piece.request_id)
-            if request is None:  # cancelled meanwhile
+            if request is None or self._epochs[request.request_id] != told.epoch:  # cancelled meanwhile
                 continue
             if not request.life.moments:  # a fork
                 self.recorder.trace.lives.append(request.life)
@@ -308,7 +313,7 @@ class RemoteEngine:
             self.router.gave(request.request_id)
             self._pieces.append(told.piece)
             if request.finish_reason is not None:
-                del self.requests[request.request_id]
+                del self.requests[request.request_id], self._epochs[request.request_id]
                 self.router.ended(request.request_id)
 
     def _fail(self, requests: list[Request]) -> None:

@@ -65,9 +65,11 @@ class Predictor:
     buckets: int = 8
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.buckets < 2:
-            raise ValueError(f"{self.buckets} buckets of {self.width} tokens: give at least 2 buckets of 1")
-        if not 0 <= self.accuracy <= 1:
+        for name, least in (("width", 1), ("buckets", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number from {least}")
+        if isinstance(self.accuracy, bool) or not isinstance(self.accuracy, int | float) or not 0 <= self.accuracy <= 1:
             raise ValueError(f"accuracy={self.accuracy!r}: give a share from 0 to 1")
 
     def lower_end(self, length: int, random: Random) -> int:

@@ -55,6 +55,8 @@ class Stranded:
 class Dispatcher:
     """Sends requests through instances with `roles`. Raises `ValueError` when nobody has one of the two."""
 
+    guesses = True  # it may be told what lengths are thought to be
+
     def __init__(self, roles: Sequence[Role], prefill: Router, decode: Router, early: bool = False) -> None:
         self.roles = list(roles)
         self.routers = {Role.PREFILL: prefill, Role.DECODE: decode}

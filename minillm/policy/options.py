@@ -10,6 +10,7 @@ TRANSFERS = ("whole", "chunk", "layer")
 WIRES = ("memory", "group")
 DISPATCHES = ("roles", "pools")
 DECODE_ROUTERS = ("least-tokens", "power-of-two")
+CONTROL = ("dispatch", "decode_router", "gate", "predictor", "idle_s")  # of prefill and decode instances
 WORDS = {
     "kv_transfer": TRANSFERS, "kv_wire": WIRES, "dispatch": DISPATCHES, "decode_router": DECODE_ROUTERS, "gate": tuple(GATES),
 }  # fmt: skip

@@ -23,7 +23,11 @@ class Settled(Router):
 
 
 class PoolDispatcher(Dispatcher):
-    """Sends requests as `pools` say. Roles are homes: any machine may do anything."""
+    """Sends requests as `pools` say. Roles are homes: any machine may do anything. Room is kept for what may come, and several samples of a
+    prompt stay where it is read.
+    """
+
+    guesses = False
 
     def __init__(self, pools: Pools, early: bool = True) -> None:
         self.pools = pools
@@ -35,18 +39,19 @@ class PoolDispatcher(Dispatcher):
 
     def route(self, request_id: int, prompt: Sequence[int], most_new: int) -> int:
         reader, decoder = self.pools.place(request_id, len(prompt), most_new)
-        if reader == decoder or most_new == 1:  # it stays
+        if reader == decoder:
             self.ways[request_id] = Way(NOBODY, reader, most_new, len(prompt), read=True, came=True)
             return reader
         self._settled[Role.PREFILL].choice = reader
         return super().route(request_id, prompt, most_new)
 
     def join(self, request_id: int, other_id: int) -> None:
-        self.pools.join(request_id, other_id)
-        if self.hands(other_id):
-            super().join(request_id, other_id)
-            return
         other = self.ways[other_id]
+        if self.hands(other_id):
+            self.routers[Role.PREFILL].ended(other_id)
+            other.prefill, other.decode, other.read, other.came = NOBODY, other.prefill, True, True
+            self.pools.stay(other_id)
+        self.pools.join(request_id, other_id)
         self.ways[request_id] = Way(NOBODY, other.decode, other.to_come, other.prompt, read=True, came=True)
 
     def read(self, request_id: int) -> int | None:

@@ -60,11 +60,11 @@ class Pools:
         """A request is there: who reads its prompt, and who goes on. Raises `LookupError` when all machines are lost."""
         room, whole = self._in_blocks(prompt + new), self._in_blocks(prompt)
         prompt_at = self._for_prompt(prompt)
-        token_at = self._for_tokens(room)
+        token_at = self._for_tokens(room) if new > 1 else prompt_at
         if prompt_at is None:
             prompt_at = self._borrow(Role.DECODE, self.pending)
         if token_at is None:
-            token_at = self._borrow(Role.PREFILL, self.taken)
+            token_at = self._borrow(Role.PREFILL, self.taken) if new > 1 else prompt_at
         if prompt_at is None or token_at is None:
             prompt_at = token_at = self._least_pending()
         crowded = prompt_at in self.mixed and not self._has_room(prompt_at, whole)
@@ -78,6 +78,14 @@ class Pools:
     def join(self, request_id: int, other_id: int) -> None:
         """One more sample of a request that is not read yet: it goes on where that one does."""
         self._put(request_id, replace(self.placed[other_id], unread=0, kept=0))
+
+    def stay(self, request_id: int) -> None:
+        """A request that is not read yet goes on where its prompt is read."""
+        placed = self.placed[request_id]
+        self.moved(request_id)
+        self._leave(placed)
+        placed.token_at = placed.prompt_at
+        self._enter(placed)
 
     def read(self, request_id: int) -> None:
         """Its prompt has been read, or never will be there."""

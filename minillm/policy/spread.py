@@ -6,7 +6,7 @@ Plain state machines; what they know of the instances is what was last broadcast
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from random import Random
 
 from minillm.policy.admission import HEAVY
@@ -43,6 +43,11 @@ class PowerOfTwo(Router):
         two = self.random.sample(able, min(2, len(able)))
         return min(two, key=lambda replica: (self.heavy[replica] / max(1, self.light[replica]), self.tokens[replica]))
 
+    def join(self, request_id: int, other_id: int) -> None:
+        super().join(request_id, other_id)
+        request = self.under_way[request_id]
+        (self.heavy if request.to_come > HEAVY else self.light)[request.replica] += 1
+
     def gave(self, request_id: int) -> None:
         """Counts stay as they were predicted until the request ends."""
 
@@ -50,6 +55,9 @@ class PowerOfTwo(Router):
         if (request := self.under_way.get(request_id)) is not None:
             (self.heavy if request.to_come > HEAVY else self.light)[request.replica] -= 1
         super().ended(request_id)
+
+
+BROADCAST_S = 0.1  # how often all hear of each other (section 3.2)
 
 
 class Watcher:
@@ -61,10 +69,15 @@ class Watcher:
         self.idle_s = idle_s
         self._since: list[float | None] = [None] * instances
 
-    def look(self, now_s: float, busy: Sequence[bool], roles: Sequence[Role]) -> tuple[int, Role] | None:
-        """Who is to have which role, if anybody: the one that is idle longest, if all with the other role have work."""
+    def look(
+        self, now_s: float, busy: Sequence[bool], roles: Sequence[Role], lost: Set[int] = frozenset()
+    ) -> tuple[int, Role] | None:
+        """Who is to have which role, if anybody: the one that is idle longest, if all with the other role have work and another one that is
+        there has its role. Those who are `lost` count for nothing.
+        """
         for number, each in enumerate(busy):
-            self._since[number] = None if each else (self._since[number] if self._since[number] is not None else now_s)
+            began = self._since[number] if self._since[number] is not None else now_s
+            self._since[number] = None if each or number in lost or not any(busy) else began
         idle = [
             (since, number)
             for number, since in enumerate(self._since)
@@ -72,8 +85,7 @@ class Watcher:
         ]
         for _, number in sorted(idle):
             other = Role.DECODE if roles[number] is Role.PREFILL else Role.PREFILL
-            if sum(each is roles[number] for each in roles) > 1 and all(
-                each for each, role in zip(busy, roles) if role is other
-            ):
+            mates = [n for n, role in enumerate(roles) if role is roles[number] and n != number and n not in lost]
+            if mates and all(busy[n] for n, role in enumerate(roles) if role is other and n not in lost):
                 return number, other
         return None

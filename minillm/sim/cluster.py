@@ -145,7 +145,8 @@ class Apart(Cluster):
         self._sent: set[int] = set()  # through the link before the prompt was read
 
     def arrive(self, task: Task) -> None:
-        reader = self.dispatcher.route(task.request_id, range(task.prompt), task.predicted)
+        counted = task.predicted if self.dispatcher.guesses else task.new
+        reader = self.dispatcher.route(task.request_id, range(task.prompt), counted)
         task.handed = task.new > 1 and self.dispatcher.hands(task.request_id)
         self.machines[reader].add(task)
 

@@ -11,9 +11,11 @@ from minillm.sim import splitwise
 from minillm.sim.costs import Measured
 from minillm.sim.report import SimReport
 from minillm.sim.splitwise import BLOOM, SLOW_DOWNS, TYPES, Design, Hosted
-from minillm.trace.workload import PUBLISHED
+from minillm.trace.workload import TRACED
 
+COST = 8 * 4.76  # of the same, as in the scripts
 PROMPT_TOKENS, BATCH = 2048, 32  # of a step that reads, and of one that decodes
+SECONDS = 60.0
 BUDGET = 352.0  # power of 8 H100 machines, in the scripts' unit: a fifth of the paper's clusters
 NAMES = {"A": "A100", "H": "H100", "Hcap": "H100, capped"}
 
@@ -46,8 +48,10 @@ class Trial:
 def budgeted(prompt: str, token: str | None, share: float, budget: float = BUDGET) -> Design:
     """As many machines of two types (keys of `TYPES`) as a power budget allows, `share` of them for prompts; without `token` all do both.
 
-    Raises `ValueError` for a budget that is too small.
+    Raises `ValueError` for a budget that is too small, and for types that are not known.
     """
+    if not {prompt, token or prompt} <= TYPES.keys():
+        raise ValueError(f"{prompt!r}, {token!r}: machines are {', '.join(TYPES)}")
     first = TYPES[prompt]
     if token is None:
         return Design(f"all {NAMES[prompt]}", first, int(budget / first.power))
@@ -66,9 +70,9 @@ def trial(
     seed: int = 0,
     mixed: bool = True,
 ) -> Trial:
-    """Half a minute of a load with the published lengths on a design."""
+    """A minute of a load with a trace's lengths on a design."""
     cluster = splitwise.build(design, as_released=as_released, mixed=mixed)
-    tasks = cluster.serve(splitwise.poisson_load(PUBLISHED[load], 30.0)(rate, seed))
+    tasks = cluster.serve(splitwise.poisson_load(TRACED[load], SECONDS)(rate, seed))
     found = splitwise.slow_downs(tasks)
     over = {
         f"{name.upper()} P{percent}": value / limit

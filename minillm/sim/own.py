@@ -56,11 +56,11 @@ def by_calibration(path: str | Path, chunk: int | None = None) -> Own:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         fit = Fit(_three(found, "prompt_ms"), _three(found, "decode_ms"), _three(found, "decode_ms"))
         tokens, token_bytes = int(found["cache_tokens"]), float(found["token_bytes"])
+        alpha_s, byte_s = (float(each) for each in found.get("transfer_s") or (0.0, 0.0))
     except OSError as error:
         raise ValueError(f"--costs {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--costs {path} is not what python -m minillm calibrate --json prints ({error})") from None
-    alpha_s, byte_s = found.get("transfer_s") or (0.0, 0.0)
     link = Link("calibrated", 1 / byte_s if byte_s else 1e15, alpha_s, str(path)) if found.get("transfer_s") else None
 
     def kind(tp: int) -> Kind:

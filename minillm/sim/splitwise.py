@@ -20,7 +20,7 @@ from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
 from minillm.sim.costs import Measured, at
 from minillm.sim.machine import Limits
 from minillm.sim.task import Task
-from minillm.trace.workload import Arrival, Lengths
+from minillm.trace.workload import Arrival, Lengths, Quantiles
 
 SLOW_DOWNS = {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}  # at P50, P90, P99 (table VI)
 MIXED_SLOWER = 1.1  # a step with prompts and tokens, over one of prompts alone
@@ -144,7 +144,7 @@ def misses(tasks: Sequence[Task], model: Hosted = BLOOM) -> list[str]:
 Load = Callable[[float, int], list[Arrival]]
 
 
-def poisson_load(lengths: Sequence[tuple[int, int]] | Lengths, seconds: float = 120.0) -> Load:
+def poisson_load(lengths: Sequence[tuple[int, int]] | Lengths | Quantiles, seconds: float = 120.0) -> Load:
     """Loads of so many seconds at a rate and a seed, as the released scripts make them: Poisson arrivals, lengths drawn from a trace's, prompts
     and answers apart.
     """
@@ -152,7 +152,7 @@ def poisson_load(lengths: Sequence[tuple[int, int]] | Lengths, seconds: float = 
     def load(rate: float, seed: int) -> list[Arrival]:
         random, now, arrivals = Random(seed), 0.0, []
         while (now := now + random.expovariate(rate)) < seconds:
-            if isinstance(lengths, Lengths):
+            if isinstance(lengths, Lengths | Quantiles):
                 sizes = lengths.draw(random)
             else:
                 sizes = random.choice(lengths)[0], random.choice(lengths)[1]

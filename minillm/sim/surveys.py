@@ -4,7 +4,7 @@ the rate. What lesson 14 draws, after DistServe (Zhong et al. 2024, sections 3.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
@@ -22,6 +22,9 @@ from minillm.trace.workload import Arrival, Lengths
 
 QUEUED = 6000  # prompts of one simulation
 DOTS = (0.3, 0.6, 0.85, 1.05)
+REQUESTS = 400
+RATES = tuple(round(0.25 * 1.2**step, 2) for step in range(21))  # 0.25 to 9.6 requests/s for each GPU
+EQUAL = 1.15  # times: within what seeds differ by
 
 Point = tuple[float, float, float]  # rate for each GPU, share within the goals, its deviation from seed to seed
 
@@ -55,15 +58,19 @@ class Queues:
     loads: list[float]
     times: list[float]
     dots: list[tuple[float, float]]
+    form: tuple[int, float]  # stages, and how many times as fast
 
 
 def queues(gain: float) -> dict[str, Queues]:
     """A pipeline of two stages, and two tensor parallel ranks that are `gain` times as fast as one device."""
     found = {}
-    for name, stages, faster, most in (("pipeline", 2, 1.0, 1.3), ("tensor parallel", 1, gain, min(1.3, 0.96 * gain))):
+    for name, stages, faster, most in (
+        ("a pipeline", 2, 1.0, 1.3),
+        ("tensor parallel ranks", 1, gain, min(1.3, 0.96 * gain)),
+    ):
         loads = [most * (step + 1) / 60 for step in range(60)]
         dots = [(load, simulated_ttft(load, stages, faster)) for load in DOTS if load < 0.93 * faster * stages]
-        found[name] = Queues(loads, [mean_ttft(load, stages, faster) for load in loads], dots)
+        found[name] = Queues(loads, [mean_ttft(load, stages, faster) for load in loads], dots, (stages, faster))
     return found
 
 
@@ -81,21 +88,27 @@ class Survey:
 
     @property
     def words(self) -> str:
-        """Who serves most."""
+        """Who serves most, and by how much."""
         apart, (name, both) = self.pairs[self.best], max(self.together.items(), key=lambda each: each[1])
+        pair, way = f"{self.best[0]} and {self.best[1]} ranks", name.removeprefix("both, ")
         if not apart and not both:
             return "Nothing keeps these goals"
-        if apart >= both:
-            more = f"{apart / both:.2f} times what doing both serves" if both else "doing both cannot keep the goals"
-            return f"Apart wins, prefill on {self.best[0]}, decode on {self.best[1]}: {more}"
-        more = f"{both / apart:.2f} times what the best pair serves" if apart else "no pair keeps the goals"
-        return f"Doing both wins, on {name.removeprefix('both, ')}: {more}"
+        if not both:
+            return f"Only apart keeps the goals, on {pair}"
+        if not apart:
+            return f"Only doing both keeps the goals, on {way}"
+        if max(apart, both) < EQUAL * min(apart, both):
+            return f"About equal: apart on {pair}, doing both on {way}"
+        first, second = ("Apart", "doing both") if apart > both else ("Doing both", "the best pair")
+        return f"{first} wins, on {pair if apart > both else way}: {max(apart, both) / min(apart, both):.1f} times {second}"
 
 
 def survey(setting: Setting, gpus: int = 4, seeds: int = 1) -> Survey:
-    """All pairs that fit so many GPUs, and all ways of doing both that do: with prompts first, and in chunks."""
-    setting = replace(setting, requests=100)
-    rate = lambda make: mean(distserve.goodput(make, setting, seed, step=1 / 16) for seed in range(seeds))  # noqa: E731
+    """All pairs that fit so many GPUs, and all ways of doing both that do: with prompts first and, on the most ranks, in chunks. `REQUESTS` a
+    simulation, so that the start counts for little; rates are looked for among `RATES`.
+    """
+    setting = replace(setting, requests=REQUESTS)
+    rate = lambda make: mean(highest(make, setting, seed) for seed in range(seeds))  # noqa: E731
     one = list(distserve.options(setting, gpus))
     pairs = {
         (prefill.tp, decode.tp): rate(lambda: distserve.build(Placement(prefill, decode), setting))  # noqa: B023
@@ -103,13 +116,25 @@ def survey(setting: Setting, gpus: int = 4, seeds: int = 1) -> Survey:
         for decode in one
         if prefill.gpus + decode.gpus <= gpus
     }
-    together = {}
-    for each in one[:3]:
-        ranks = f"{each.tp} rank{'s' * (each.tp > 1)}"
-        together[f"both, {ranks}"] = rate(lambda: distserve.colocated(setting, each.tp))  # noqa: B023
-        if each.tp > 1:
-            together[f"both, {ranks}, chunks"] = rate(lambda: distserve.colocated(setting, each.tp, chunk=512))  # noqa: B023
+    together = {ranks_text(each.tp): rate(lambda: distserve.colocated(setting, each.tp)) for each in one}  # noqa: B023
+    most = one[-1].tp
+    together[f"{ranks_text(most)}, chunks"] = rate(lambda: distserve.colocated(setting, most, chunk=512))
     return Survey(pairs, together)
+
+
+def ranks_text(ranks: int) -> str:
+    """What doing both on so many ranks is called."""
+    return f"both, {ranks} rank{'s' * (ranks > 1)}"
+
+
+def highest(make: Callable[[], Cluster], setting: Setting, seed: int) -> float:
+    """The highest of `RATES` for each GPU at which the goals are kept, 0 for none."""
+    gpus, low, high = make().gpus, -1, len(RATES)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tasks = make().serve(distserve.load(setting, RATES[middle] * gpus, seed))
+        low, high = (middle, high) if distserve.keeps(tasks, setting) else (low, middle)
+    return RATES[low] if low >= 0 else 0.0
 
 
 def asking(ttft_ms: float, tpot_ms: float, tokens_in: int, tokens_out: int) -> Setting:
@@ -118,16 +143,26 @@ def asking(ttft_ms: float, tpot_ms: float, tokens_in: int, tokens_out: int) -> S
 
 
 def figure8(
-    seeds: int = 8, rates: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+    seeds: int = 8, rates: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 ) -> dict[str, list[Point]]:
     """SLO attainment over the rate for each GPU: DistServe's placement, doing both on two GPUs with the same step times, and its vLLM on one."""
     theirs = replace(FIGURE_8, engine="vLLM")
     ways: dict[str, tuple[Setting, Callable[[], Cluster]]] = {
         "DistServe, 2 and 1 GPUs": (FIGURE_8, lambda: distserve.build(BOTH, FIGURE_8)),
-        "both, 2 GPUs": (FIGURE_8, lambda: distserve.colocated(FIGURE_8, 2)),
+        "doing both, 2 GPUs": (FIGURE_8, lambda: distserve.colocated(FIGURE_8, 2)),
         "vLLM of 2023, 1 GPU": (theirs, lambda: distserve.colocated(theirs, 1)),
     }
     return {name: [_point(make, setting, rate, seeds) for rate in rates] for name, (setting, make) in ways.items()}
+
+
+def knee(points: Sequence[Point], share: float = 0.9) -> float:
+    """The rate at which the share falls below `share`, by a line between two points; 0 when it starts below."""
+    for (rate, value, _), (further, less, _) in zip(points, points[1:]):
+        if value < share:
+            break
+        if less < share:
+            return rate + (further - rate) * (value - share) / (value - less)
+    return points[-1][0] if points[-1][1] >= share and points[0][1] >= share else 0.0
 
 
 def _point(make: Callable[[], Cluster], setting: Setting, rate: float, seeds: int) -> Point:

@@ -5,7 +5,7 @@ of its figures can be looked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -15,7 +15,7 @@ from minillm.policy.admission import GATES, HEAVY, Gate, Predictor, Running
 from minillm.policy.handing import Dispatcher, Role
 from minillm.policy.queue import Queue, Windowed
 from minillm.policy.router import LeastTokens
-from minillm.policy.spread import PowerOfTwo, Watcher
+from minillm.policy.spread import BROADCAST_S, PowerOfTwo, Watcher
 from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
 from minillm.sim.costs import Costs, Roofline
 from minillm.sim.machine import Limits, Machine
@@ -24,7 +24,6 @@ from minillm.trace.workload import Arrival
 
 OPT_13B = ModelConfig("llama", 50272, 5120, 13653, 40, 40, 40, 128, 2048)  # its MLP of two products as three, as large
 CHUNK = 512  # tokens of a chunk, OPT-13B on V100
-BROADCAST_S = 0.1
 HEAVY_PROMPT = 512
 ORDERS = {"fcfs": lambda task: task.arrival_s, "sjf": lambda task: task.prompt, "ljf": lambda task: -task.prompt}
 WORKLOADS = {  # (prompts, answers) light or heavy: LPHD is light prompts, heavy decodes
@@ -59,17 +58,29 @@ def v100_pair() -> Costs:
     return Roofline(OPT_13B, find_device("V100 32GB"), "float16", tp=2)
 
 
+def admit_by(gate: Gate) -> Callable[[Machine, Task], bool]:
+    """Lets requests that come from elsewhere in as a gate says; alone they may start, if they fit."""
+
+    def admits(machine: Machine, task: Task) -> bool:
+        running = [
+            Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
+        ]
+        return not running or gate(task.tokens, max(1, task.predicted - task.given), machine.free, running)
+
+    return admits
+
+
 class Tetri(Apart):
     """Machines that read, and machines that go on; a monitor hears from all of them and broadcasts."""
 
     def __init__(self, setup: Setup, costs: Costs, seed: int = 0) -> None:
         self.setup, self.random = setup, Random(seed)
-        self.gate = setup.gate if callable(setup.gate) else GATES[setup.gate]
+        admits = admit_by(setup.gate if callable(setup.gate) else GATES[setup.gate])
         count = setup.prefills + setup.decodes
         reads = Limits(setup.cache_tokens, 10_000, CHUNK, chunked=True)
         goes_on = Limits(setup.cache_tokens, 256, CHUNK, chunked=True)
         kinds = [Kind(costs, reads, 2, self._queue)] * setup.prefills + [
-            Kind(costs, goes_on, 2, Queue, self._admits)
+            Kind(costs, goes_on, 2, Queue, admits)
         ] * setup.decodes
         roles = [Role.PREFILL] * setup.prefills + [Role.DECODE] * setup.decodes
         self.spread = PowerOfTwo(count, self.random)
@@ -89,13 +100,6 @@ class Tetri(Apart):
 
     def _queue(self) -> Queue[Task]:
         return Windowed(ORDERS[self.setup.order], self.setup.window)
-
-    def _admits(self, machine: Machine, task: Task) -> bool:
-        """The gate of a decode instance."""
-        running = [
-            Running(each.prompt + given, max(1, each.predicted - given)) for each, given in machine.decodes.tasks
-        ]
-        return self.gate(task.tokens, max(1, task.predicted - task.given), machine.free, running)
 
     def _broadcast(self) -> None:
         """Every 100 ms all hear how much room each has; while there is anything to do."""

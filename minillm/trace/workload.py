@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -50,6 +51,36 @@ class Lengths:
         new = self.new_median * math.exp(random.gauss(0, self.new_spread))
         return max(1, round(prompt)), max(1, round(new))
 
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Lengths by the percentiles `PERCENTS` of a trace's, evenly between them; prompts and answers apart (they are hardly correlated there)."""
+
+    prompts: tuple[int, ...]
+    news: tuple[int, ...]
+
+    def draw(self, random: Random) -> tuple[int, int]:
+        """(prompt tokens, new tokens) of one request."""
+        return _at(self.prompts, random.uniform(0, 100)), _at(self.news, random.uniform(0, 100))
+
+
+def _at(values: Sequence[int], percent: float) -> int:
+    right = min(max(1, bisect_right(PERCENTS, percent)), len(PERCENTS) - 1)
+    share = (percent - PERCENTS[right - 1]) / (PERCENTS[right] - PERCENTS[right - 1])
+    return round(values[right - 1] + share * (values[right] - values[right - 1]))
+
+
+PERCENTS = (0, 1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 100)
+TRACED = {  # computed from the published traces
+    "azure-conversation": Quantiles(
+        (2, 29, 181, 207, 387, 403, 703, 1020, 1071, 1130, 1315, 2734, 4083, 4142, 14050),
+        (7, 16, 41, 54, 77, 91, 103, 129, 177, 384, 400, 424, 451, 601, 1000),
+    ),
+    "azure-code": Quantiles(
+        (3, 17, 75, 147, 385, 770, 1075, 1469, 1909, 2433, 3192, 5187, 7303, 7436, 7437),
+        (6, 6, 6, 7, 8, 9, 11, 13, 16, 20, 29, 55, 90, 251, 1899),
+    ),
+}
 
 # medians as published (Splitwise, section III); spreads of the logarithms computed from the published traces
 PUBLISHED = {

@@ -12,11 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from minillm.sim.surveys import Point, Queues
+from minillm.sim.surveys import RATES, Point, Queues, mean_ttft
 from minillm.viz.style import DECODE, FAINT, GUESS, INK, PREFILL, WAITING, frame, legend, new_figure
 from minillm.viz.words import plain
 
 SHADES = LinearSegmentedColormap.from_list("goodput", ["#f7fbf9", "#7cc7ae", "#00674b"])
+
+
+def _rate_text(value: float) -> str:
+    """A rate in two digits; "none" for none, and "≥" for what was looked for no further."""
+    return "none" if not value else f"≥ {value:.0f}" if value >= RATES[-1] else f"{value:.1f}"
 
 
 def draw_goodput_map(
@@ -36,7 +41,7 @@ def draw_goodput_map(
         grid.text(
             x + 0.48,
             y + 0.4,
-            plain(value) if value else "none",
+            _rate_text(value),
             ha="center",
             va="center",
             fontsize=14,
@@ -57,12 +62,12 @@ def draw_goodput_map(
     grid.tick_params(length=0)
     for side in grid.spines.values():
         side.set_visible(False)
-    named = {f"apart, {best[0]} and {best[1]} ranks": pairs[best], **together}
+    named = {f"apart, {best[0]} and {best[1]}": pairs[best], **together}
     for place, value in enumerate(named.values()):
         bars.barh(place, value, height=0.6, color=SHADES(pairs[best] / most) if place == 0 else WAITING)
-        bars.text(value + 0.02 * most, place, plain(value) if value else "none", va="center", fontsize=10.5)
+        bars.text(value + 0.02 * most, place, _rate_text(value), va="center", fontsize=10.5)
     bars.set_yticks(range(len(named)), list(named))
-    bars.set(xlim=(0, 1.18 * most), ylim=(len(named) - 0.4, -0.6), xlabel="requests/s for each GPU within the goals")
+    bars.set(xlim=(0, 1.18 * most), ylim=(len(named) - 0.4, -0.6), xlabel="goodput: requests/s for each GPU")
     bars.tick_params(axis="y", length=0)
     return frame(figure, finding, caption)
 
@@ -148,14 +153,12 @@ def draw_queues(curves: Mapping[str, Queues], now: float, caption: str) -> Figur
         Line2D([], [], marker="o", color="none", markeredgecolor=INK, markerfacecolor="white", markeredgewidth=1.8)
     )
     legend(axis, handles, [*curves, "simulated"])
-    at = {
-        name: next((t for load, t in zip(each.loads, each.times) if load >= now), float("inf"))
-        for name, each in curves.items()
-    }
+    at = {name: mean_ttft(now, *each.form) for name, each in curves.items()}
     first, second = sorted(at, key=lambda name: at[name])
     late = (
-        f"{at[second] / at[first]:.2f} times as long with the {second}"
+        f"the other takes {at[second] / at[first]:.2f} times as long"
         if at[second] < float("inf")
-        else f"the {second} falls behind"
+        else "the other falls behind"
     )
-    return frame(figure, f"Load {now}: {first} is sooner; {late}", caption)
+    finding = f"Load {now}: {first} {'is' if first == 'a pipeline' else 'are'} sooner, {late}"
+    return frame(figure, finding, caption)

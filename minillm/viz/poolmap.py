@@ -13,7 +13,7 @@ NAMES = ("prompt pool", "mixed pool", "token pool")
 
 
 def draw_pool_map(pools: Pools, finding: str, caption: str) -> Figure:
-    """Three boxes; each machine is a square in the colour of its home, with the prompt tokens that wait there and the requests it decodes."""
+    """Three boxes; each machine is a square in the colour of its home, with the prompt tokens that it is to read and the requests that it is to decode."""
     members = [pools.pool(Role.PREFILL), sorted(pools.mixed), pools.pool(Role.DECODE)]
     figure, axes = new_figure(2.9, [1, 1, 1])
     unread = [0] * len(pools.homes)
@@ -41,12 +41,8 @@ def draw_pool_map(pools: Pools, finding: str, caption: str) -> Figure:
                 weight="bold",
                 color=INK,
             )
-            axis.text(
-                x + 0.57, y + 0.38, f"{unread[machine]:,} to read", ha="center", va="center", fontsize=9, color=INK
-            )
-            axis.text(
-                x + 0.57, y + 0.16, f"{gives[machine]} to decode", ha="center", va="center", fontsize=9, color=INK
-            )
+            axis.text(x + 0.57, y + 0.38, f"reads {unread[machine]:,}", ha="center", va="center", fontsize=9, color=INK)
+            axis.text(x + 0.57, y + 0.16, f"decodes {gives[machine]}", ha="center", va="center", fontsize=9, color=INK)
         if not machines:
             axis.text(1.98, 1.0, "nobody", ha="center", va="center", fontsize=10.5, color=FAINT)
         axis.set(xlim=(0, 3.96), ylim=(0, 2), xticks=[], yticks=[])

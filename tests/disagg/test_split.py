@@ -25,7 +25,7 @@ from minillm.parallel.links import connect
 from minillm.policy.admission import GATES, Predictor
 from minillm.policy.blocks import BlockPool
 from minillm.policy.handing import Role
-from minillm.policy.options import DECODE_ROUTERS, DISPATCHES, TRANSFERS, WIRES
+from minillm.policy.options import TRANSFERS, WIRES
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.serve.worker import Job, Worker
@@ -42,8 +42,7 @@ PAIRS = [
 ]  # fmt: skip
 CONTROL = st.fixed_dictionaries(
     {
-        "dispatch": st.sampled_from(DISPATCHES),
-        "decode_router": st.sampled_from(DECODE_ROUTERS),
+        "control": st.sampled_from([("roles", "least-tokens"), ("roles", "power-of-two"), ("pools", "least-tokens")]),
         "gate": st.sampled_from(list(GATES)),
         "predictor": st.none() | st.builds(Predictor, st.integers(1, 20), st.sampled_from([0.0, 0.5, 1.0])),
     }
@@ -109,7 +108,9 @@ def test_tokens_are_those_of_one_device(
     options: EngineOptions,
     work: list,
 ) -> None:
-    check_law(one, several[layout], replace(options, kv_transfer=transfer, kv_wire=wire, **control), work)
+    dispatch, router = control.pop("control")
+    about = {"kv_transfer": transfer, "kv_wire": wire, "dispatch": dispatch, "decode_router": router}
+    check_law(one, several[layout], replace(options, **about, **control), work)
 
 
 @pytest.mark.parametrize("transfer", ["whole", "layer"])
@@ -131,6 +132,37 @@ def test_pools_borrow_machines(one: LLM, folder: Path, transfer: str) -> None:
         assert not pools.mixed and not pools.placed and not any(pools.taken)
         read_at = {span.rank for span in llm.trace.spans if span.kind is Kind.PREFILL}
         assert read_at == {0, 1} and moved(llm) < kv_bytes(llm, prompts)
+
+
+def test_what_would_do_nothing_is_refused(one: LLM, several: dict[str, LLM]) -> None:
+    with pytest.raises(ValueError, match="gate='reserve-static': layout '' has no prefill and decode instances"):
+        one.with_options(replace(SMALL, gate="reserve-static"))
+    with pytest.raises(ValueError, match="dispatch='pools' settles who reads and who decodes"):
+        several[OFTEN[0]].with_options(replace(SMALL, dispatch="pools", decode_router="power-of-two"))
+
+
+def test_a_request_that_fills_the_cache_is_let_in(one: LLM, several: dict[str, LLM]) -> None:
+    """Prompt and answer as long as the cache: alone it may start, whatever the gate."""
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    expected = one.generate([[7] * 63], params)[0].token_ids
+    for gate in GATES:
+        for transfer in TRANSFERS:
+            options = EngineOptions(num_blocks=4, max_running=4, gate=gate, kv_transfer=transfer)
+            mode = several[OFTEN[0]].with_options(options)
+            assert mode.generate([[7] * 63], params)[0].token_ids == expected, (gate, transfer)
+            mode.close()
+
+
+def test_samples_stay_with_pools(one: LLM, several: dict[str, LLM]) -> None:
+    """Several samples of a prompt are not handed over, and nothing is kept of them."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True, n=3, temperature=0.8, seed=5)
+    expected = [each.token_ids for each in one.generate([PROMPTS[0], PROMPTS[2]], params)]
+    mode = several[OFTEN[2]].with_options(replace(SMALL, dispatch="pools", predictor=Predictor(200, 1.0)))
+    assert [each.token_ids for each in mode.generate([PROMPTS[0], PROMPTS[2]], params)] == expected
+    assert moved(mode) == 0 and not mode.engine.dispatcher.pools.placed
+    assert mode.generate([PROMPTS[0]], PARAMS)[0].token_ids == one.generate([PROMPTS[0]], PARAMS)[0].token_ids
+    assert moved(mode) > 0, "a short answer is handed over, whatever is predicted"
+    mode.close()
 
 
 def test_gates_hold_requests_back(one: LLM, folder: Path) -> None:

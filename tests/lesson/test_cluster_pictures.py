@@ -49,7 +49,7 @@ def test_watts_objectives_and_claims() -> None:
     assert " you" in texts(draw_watts({"A100": (1.0, 1.0), "H100": (1.2, 0.8)}, "finding", "caption", guess=1.1))
     tried = trial(budgeted("H", "A", 0.5), 30)
     said = draw_objectives(tried, "caption")._suptitle.get_text()
-    assert said == f"H100 read, A100 decode, 5 + 5 machines: {9 - tried.kept} of nine missed"
+    assert said == f"H100 read, A100 decode, 5 + 5 machines: {9 - tried.kept} of 9 missed"
     kept = recorded()["splitwise-aa"]
     assert texts(draw_claims([("AA", kept)], "finding", "caption", {"AA": 2.0})) == [
         f"{kept.mean:.2f} ± {kept.deviation:.2f}"
@@ -61,7 +61,7 @@ def test_machines_stand_in_their_pools() -> None:
     for number in range(2):
         pools.place(number, 90, 10)
     said = [[text.get_text() for text in axis.texts] for axis in draw_pool_map(pools, "finding", "caption").axes]
-    assert said == [["machine 0", "90 to read", "0 to decode"], ["machine 2", "90 to read", "1 to decode"], ["machine 1", "0 to read", "1 to decode"]]  # fmt: skip
+    assert said == [["machine 0", "reads 90", "decodes 0"], ["machine 2", "reads 90", "decodes 1"], ["machine 1", "reads 0", "decodes 1"]]  # fmt: skip
     idle = draw_pool_map(Pools([Role.PREFILL, Role.DECODE], [10, 10]), "", "")
     assert "nobody" in texts(idle)
 

@@ -124,3 +124,32 @@ def test_the_shortest_queue_counts_prompts() -> None:
     assert router.route(1, range(10), 5) == 1
     router.gave(0)
     assert router.tokens == [1, 12] and router.route(2, range(5), 5) == 0
+
+
+def test_who_is_lost_does_not_count_as_a_mate() -> None:
+    watcher = Watcher(3, idle_s=1.0)
+    busy, roles = [False, False, True], [P, P, D]
+    assert watcher.look(0.0, busy, roles, {0}) is None
+    assert watcher.look(5.0, busy, roles, {0}) is None, "the last one that is there keeps its role"
+    assert watcher.look(10.0, busy, roles) == (1, D)
+
+
+def test_nobody_is_idle_while_nobody_has_work() -> None:
+    watcher = Watcher(3, idle_s=60.0)
+    assert watcher.look(0.0, [False] * 3, [P, P, D]) is None
+    assert watcher.look(36_000.0, [True, False, True], [P, P, D]) is None
+    assert watcher.look(36_061.0, [True, False, True], [P, P, D]) == (1, D)
+
+
+def test_samples_count_for_the_ratio() -> None:
+    router = PowerOfTwo(1, Random(0))
+    router.route(0, range(5), 500)
+    router.join(1, 0)
+    router.ended(0), router.ended(1)
+    assert router.heavy == [0] and router.light == [0]
+
+
+@pytest.mark.parametrize("wrong", [("a", 0.5), (1.5, 0.5), (True, 0.5), (0, 0.5), (200, "x"), (200, 1.2), (200, True)])
+def test_a_predictor_says_what_it_takes(wrong: tuple) -> None:
+    with pytest.raises(ValueError, match="give a "):
+        Predictor(*wrong)

@@ -13,11 +13,12 @@ from minillm.lesson.exercise import Case, Exercise, Outcome, RuleError
 from minillm.sim import distserve
 from minillm.sim.distserve import Parallelism, Placement, Setting
 from minillm.trace.metrics import SLO
+from minillm.trace.workload import Lengths
 
 SIZES = (1, 2, 4)
 NEARLY = 0.93  # of the best goodput for each GPU: seeds differ by as much
 MOST = 20  # simulations
-HIGHEST = 24.0  # requests/s for each GPU that are looked at
+HIGHEST = 12.0  # requests/s for each GPU that are looked at
 
 
 def batch_spec(case: Case) -> list[int]:
@@ -52,7 +53,7 @@ def _within(setting: Setting, prefill: int, decode: int, rate: float) -> float:
 def _goodput(setting: Setting, prefill: int, decode: int) -> float:
     """The highest rate for each GPU at which nine in ten are within both goals."""
     low, high = 0.0, HIGHEST
-    while high - low > 1 / 32:
+    while high - low > 1 / 8:
         rate = (low + high) / 2
         low, high = (rate, high) if _within(setting, prefill, decode, rate) >= 0.9 else (low, rate)
     return low
@@ -85,15 +86,14 @@ def drive_place(function: Callable[..., Any], case: Case) -> Outcome:
     return Outcome([True], used)
 
 
-FEW = Setting(requests=120)
+FEW = Setting(requests=250)
 WORKLOADS = {
     "a chat, TTFT 0.2 s, TPOT 0.1 s": FEW,
     "the first token may take 1 s, TPOT 0.03 s": replace(FEW, slo=SLO(1.0, 0.03)),
-    "TTFT 0.4 s, TPOT 0.04 s": replace(FEW, slo=SLO(0.4, 0.04)),
-    "long prompts, short answers": replace(FEW, lengths=replace(distserve.SHARED_LENGTHS, prompt_median=1100, prompt_spread=0.3, new_median=20)),
-    "short prompts, long answers": replace(
-        FEW, lengths=replace(distserve.SHARED_LENGTHS, prompt_median=100, new_median=500, new_spread=0.4), slo=SLO(0.15, 0.03), requests=200
-    ),
+    "short prompts, TTFT 0.8 s, TPOT 0.03 s": replace(FEW, lengths=Lengths(400, 0.4, 100, 0.4), slo=SLO(0.8, 0.03)),
+    "long prompts, short answers": replace(FEW, lengths=Lengths(1100, 0.3, 20, 0.9)),
+    "longer answers, TTFT 0.3 s, TPOT 0.06 s": replace(FEW, lengths=Lengths(400, 0.4, 250, 0.4), slo=SLO(0.3, 0.06)),
+    "short prompts, long answers": replace(FEW, lengths=Lengths(100, 0.85, 500, 0.4), slo=SLO(0.15, 0.03)),
 }  # fmt: skip
 
 BATCH = Exercise(
@@ -156,6 +156,8 @@ MEANS = Exercise(
         Case("only the pipeline keeps up", (1.7, 1.0, 1.6)),
         Case("at the limit of tensor parallel ranks", (1.5, 1.0, 1.5)),
         Case("neither keeps up", (2.5, 1.0, 1.9)),
+        Case("at the limit of the pipeline", (2.0, 1.0, 1.9)),
+        Case("just below it", (1.95, 1.0, 1.9)),
     ),
     starter='''\
 def means(rate, service_s, gain):
@@ -213,7 +215,7 @@ def place(simulate):
     """Rounds at a rising rate: who fails is out, and where all fail the one that fails least has
     won.
     """
-    left, rate = [(p, d) for p in (1, 2, 4) for d in (1, 2, 4)], 1.5
+    left, rate = [(p, d) for p in (1, 2, 4) for d in (1, 2, 4)], 3
     while len(left) > 1:
         shares = {pair: simulate(*pair, rate) for pair in left}
         left = [pair for pair in left if shares[pair] >= 0.9]

@@ -128,6 +128,8 @@ PROVISION = Exercise(
         Case("rounding decides", (8, 2, [(8, 44), (7, 24)])),
         Case("as many watts", (10, 5, [(10, 40), (5, 20)])),
         Case("fractions of a request", (0.5, 0.2, [(0.3, 44), (0.2, 25)])),
+        Case("the third kind draws least", (20, 5, [(10, 44), (3, 24), (9, 20)])),
+        Case("as many watts, fewer machines", (10, 5, [(5, 20), (10, 40)])),
     ),
     starter='''\
 def provision(rate, reads, kinds):
@@ -158,7 +160,7 @@ MISSED = Exercise(
     minutes=10,
     spec=missed_spec,
     drive=lambda function, case: Outcome(list(function(*case.inputs))),
-    names=tuple(f"objective {n}" for n in range(1, 4)),
+    names=tuple(f"entry {n} of your list" for n in range(1, 4)),
     cases=(
         Case("one request, in time", ([1.0], [1.0], {50: 2})),
         Case("one request, late", ([3.0], [1.0], {50: 2})),
@@ -169,6 +171,11 @@ MISSED = Exercise(
         Case("a short one waits behind a long one", ([8.0, 8.5], [8.0, 0.5], {50: 2, 90: 3})),
         Case("unsorted", ([5.0, 1.0, 1.0, 1.0], [1.0] * 4, {50: 2, 90: 3, 99: 6})),
         Case("an even half", ([1.0, 1.0, 4.0, 4.0], [1.0] * 4, {50: 2})),
+        Case("the long one is quick, the short one is not", ([8.0, 1.0], [1.0, 8.0], {50: 2, 90: 3})),
+        Case("three requests, half of them", ([1.0, 4.0, 4.0], [1.0] * 3, {50: 2, 90: 5})),
+        Case("six requests, 90 of 100", ([1.0] * 5 + [4.0], [1.0] * 6, {90: 3})),
+        Case("one in 200 is late", ([1.0] * 199 + [9.0], [1.0] * 200, {99: 6})),
+        Case("limits in another order", ([9.0, 9.0], [1.0, 1.0], {99: 6, 50: 2})),
     ),
     starter='''\
 def missed(times, alone, limits):
