@@ -70,6 +70,29 @@ def sweep(width: int = 200, seeds: int = 8, load: str = LOAD) -> dict[str, list[
     }
 
 
+def exactly(seeds: int = 8) -> dict[str, float]:
+    """Completion time over greedy's when lengths are known to the token."""
+    known = Predictor(1, 1.0, 10_000)
+    return {gate: over_greedy(gate, known, seeds)[0] for gate in ("reserve-static", "reserve-dynamic")}
+
+
+def put_back(gate: str, right: float, seeds: int = 8) -> float:
+    """How often a request is put back, mean over seeds, with buckets of 200 tokens."""
+    return mean(
+        serve(Setup(gate=gate, predictor=Predictor(200, right)), LOAD, seed).preemptions for seed in range(seeds)
+    )
+
+
+def over_two(seeds: int = 8) -> float:
+    """Completion time of LPHD over that of two vLLM instances, which have as many GPUs."""
+    costs = tetri.v100_pair()
+    each = []
+    for seed in range(seeds):
+        theirs = tetri.baseline(costs, instances=2).serve(tetri.workload(LOAD, seed))
+        each.append(serve(Setup(), LOAD, seed).completion_s / tetri.means(theirs)[1])
+    return mean(each)
+
+
 def over_vllm(which: int, seeds: int = 8) -> dict[str, tuple[Sequence[float], float | None]]:
     """For each load, TTFT (`which` 0) or completion time (1) over vLLM's, seed by seed, and what the paper prints."""
     return {

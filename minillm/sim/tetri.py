@@ -119,11 +119,12 @@ class Tetri(Apart):
             self.flips.append((self.clock.now_s, *turn))
 
 
-def baseline(costs: Costs, running: int = 16, cache_tokens: int = 20_000) -> Cluster:
+def baseline(costs: Costs, running: int = 16, cache_tokens: int = 20_000, instances: int = 1) -> Cluster:
     """vLLM as the paper seems to have it: one instance that does both, prompts first, with at most so many requests at once. (The paper says
     "batch 16"; its figures of resource time fit one instance, half of what TetriInfer has.)
     """
-    return Together([Kind(costs, Limits(cache_tokens, running, 8192, apart=True), 2)], LeastTokens(1))
+    kind = Kind(costs, Limits(cache_tokens, running, 8192, apart=True), 2)
+    return Together([kind] * instances, LeastTokens(instances))
 
 
 def workload(name: str, seed: int, count: int = 128) -> list[Arrival]:

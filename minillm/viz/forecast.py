@@ -14,6 +14,7 @@ from minillm.policy.admission import GATES, Running
 from minillm.viz.style import COMMUNICATION, DECODE, FAINT, GUESS, INK, KV_CACHE, PREFILL, frame, legend, new_figure
 from minillm.viz.words import plain
 
+EXACT = 115  # where it is drawn that lengths are known
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0}
 COLOURS = {"greedy": PREFILL, "reserve-static": COMMUNICATION, "reserve-dynamic": DECODE}
 
@@ -37,23 +38,33 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     line = [free_then(free, running, step) for step in steps]
     axis.fill_between(steps, line, step="post", color=KV_CACHE, alpha=0.25, linewidth=0)
     axis.step(steps, line, where="post", color=KV_CACHE, linewidth=2.2)
+    now, then = tokens + 1, tokens + to_come
     asks = {
-        "greedy": (0, tokens + 1, "what it has, and a token"),
-        "reserve-static": (0, tokens + to_come, "all of it, now"),
-        "reserve-dynamic": (first, tokens + to_come, "all of it, when the first ends"),
+        "greedy": [(0, now, "now")],
+        "reserve-static": [(0, then if running else now, "now")],
+        "reserve-dynamic": [(0, now, "now"), (first, then, "when the first ends")] if running else [(0, now, "now")],
     }
     says = {name: gate(tokens, to_come, free, running) for name, gate in GATES.items()}
     wide = steps[-1] or 1
-    for place, (name, (when, need, words)) in enumerate(asks.items()):
-        x = when + wide * 0.012 * (place if when == 0 else 0)
-        axis.plot([x, x], [0, need], color=COLOURS[name], linewidth=4.5, solid_capstyle="butt", alpha=0.9)
-        axis.plot(
-            x, need, marker="o" if says[name] else "X", color=COLOURS[name], markersize=10, markeredgecolor="white"
-        )
-        aside.text(0, 0.9 - 0.32 * place, name, fontsize=11, weight="bold", color=COLOURS[name])
+    for place, (name, needs) in enumerate(asks.items()):
+        aside.text(0, 0.92 - 0.34 * place, name, fontsize=11, weight="bold", color=COLOURS[name])
+        for number, (when, need, words) in enumerate(needs):
+            there = free if when == 0 else free_then(free, running, when)
+            fits = need <= there
+            x = when + wide * 0.013 * place * (when == 0)
+            axis.plot([x, x], [0, need], color=COLOURS[name], linewidth=4.5, solid_capstyle="butt", alpha=0.9)
+            axis.plot(x, need, marker="o" if fits else "X", color=COLOURS[name], markersize=10, markeredgecolor="white")
+            said = f"{plain(need)} {words}, {plain(there)} free"
+            aside.text(0, 0.84 - 0.34 * place - 0.08 * number, said, fontsize=9.5, color=INK if fits else GUESS)
         verdict = "lets it in" if says[name] else "does not let it in"
-        aside.text(0, 0.81 - 0.32 * place, f"{words}: {plain(need)}", fontsize=9.5, color=INK)
-        aside.text(0, 0.72 - 0.32 * place, verdict, fontsize=9.5, color=INK if says[name] else GUESS)
+        aside.text(
+            0,
+            0.84 - 0.34 * place - 0.08 * len(needs),
+            verdict,
+            fontsize=9.5,
+            weight="bold",
+            color=INK if says[name] else GUESS,
+        )
     top = max([*line, tokens + to_come]) * 1.25
     axis.set(
         xlim=(-0.02 * wide, wide * 1.02),
@@ -63,21 +74,20 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     )
     if min(line) < 0:
         axis.axhline(0, color=INK, linewidth=1.1)
-        axis.text(
-            wide,
-            min(line) * 0.5,
-            "nothing is free: somebody is put back",
-            ha="right",
-            va="center",
-            fontsize=9.5,
-            color=GUESS,
-            bbox=BEHIND,
-        )
+        dip = steps[line.index(min(line))]
+        axis.annotate(
+            "too little: somebody is put back", (dip, min(line)), xytext=(6 if dip < wide / 2 else -6, 2), textcoords="offset points",
+            ha="left" if dip < wide / 2 else "right", fontsize=9.5, color=INK, bbox=BEHIND,
+        )  # fmt: skip
     handles = [
         Line2D([], [], marker=each, color="none", markerfacecolor=INK, markeredgecolor="white", markersize=10)
         for each in "oX"
     ]
-    legend(axis, [Line2D([], [], color=KV_CACHE, linewidth=3), *handles], ["free, as predicted", "enough", "too much"])
+    legend(
+        axis,
+        [Line2D([], [], color=KV_CACHE, linewidth=3), *handles],
+        ["free, as predicted", "there is room for it", "there is not"],
+    )
     let = [name for name, yes in says.items() if yes]
     finding = (
         "All three let it in"
@@ -91,67 +101,63 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
 
 def draw_gates(
     rows: Mapping[str, Sequence[tuple[float, float, float]]],
-    printed: Sequence[tuple[float, float, str]],
+    exact: Mapping[str, float],
+    printed: Sequence[tuple[float, str]],
     finding: str,
     caption: str,
 ) -> Figure:
-    """Completion time over greedy's, in percent, over the predictor's accuracy, (accuracy, mean, deviation); marks are what a paper prints."""
+    """Completion time over greedy's, in percent, over the predictor's accuracy, (accuracy, mean, deviation); at the right end, where lengths are
+    known to the token, what was simulated and what a paper prints.
+    """
     figure, (axis,) = new_figure(3.5)
     for name, points in rows.items():
         right, values, deviations = zip(*points)
+        percent = [[100 * each for each in some] for some in (right, values, deviations)]
         axis.errorbar(
-            [100 * each for each in right],
-            [100 * each for each in values],
-            yerr=[100 * each for each in deviations],
+            percent[0],
+            percent[1],
+            yerr=percent[2],
             color=COLOURS[name],
             marker="o",
             markersize=5,
             linewidth=2.0,
             capsize=2.5,
         )
+        axis.plot(EXACT, 100 * exact[name], "D", color=COLOURS[name], markersize=8)
     axis.axhline(100, color=COLOURS["greedy"], linewidth=2.0)
-    for number, (x, y, name) in enumerate(printed):
-        axis.plot(
-            100 * x + (-1.2, 1.2)[number % 2],
-            100 * y,
-            marker="_",
-            color=COLOURS[name],
-            markersize=22,
-            markeredgewidth=3.5,
-        )
+    for value, name in printed:
+        axis.plot(EXACT, 100 * value, marker="_", color=COLOURS[name], markersize=26, markeredgewidth=3.0)
     handles = [Line2D([], [], color=COLOURS[name], linewidth=2.4) for name in ("greedy", *rows)]
-    handles.append(Line2D([], [], color=INK, marker="_", markersize=14, markeredgewidth=3.5, linewidth=0))
-    legend(axis, handles, ["greedy", *rows, "the paper"])
+    handles.append(Line2D([], [], color=INK, marker="D", markersize=7, linewidth=0))
+    handles.append(Line2D([], [], color=INK, marker="_", markersize=14, markeredgewidth=3.0, linewidth=0))
+    legend(axis, handles, ["greedy", *rows, "length known", "the paper"])
+    axis.set_xticks([0, 25, 50, 75, 100, EXACT], ["0", "25", "50", "75", "100", "length\nknown"])
+    axis.set_xlim(min(100 * right for right, _, _ in next(iter(rows.values()))) - 4, EXACT + 8)
     axis.set(xlabel="how often the predictor names the right bucket (%)", ylabel="completion time (greedy = 100)")
     return frame(figure, finding, caption)
 
 
 def draw_loads(
-    rows: Mapping[str, tuple[Sequence[float], float | None]], name: str, finding: str, caption: str
+    sides: Mapping[str, Mapping[str, tuple[Sequence[float], float | None]]], finding: str, caption: str
 ) -> Figure:
-    """A figure over a baseline's for each kind of load, seed by seed with mean and deviation, beside what a paper prints."""
-    figure, (axis,) = new_figure(1.2 + 0.42 * len(rows))
-    for place, (values, printed) in enumerate(rows.values()):
-        axis.plot(values, [place] * len(values), "o", color=DECODE, alpha=0.2, markersize=6)
-        axis.errorbar(
-            mean(values), place, xerr=stdev(values), color=DECODE, marker="o", markersize=8, capsize=4, linewidth=2
-        )
-        if printed is not None:
-            axis.plot([printed] * 2, [place - 0.34, place + 0.34], color=INK, linewidth=2.4)
-        axis.text(
-            1.0,
-            place - 0.22,
-            f"{plain(mean(values))}",
-            transform=axis.get_yaxis_transform(),
-            ha="right",
-            va="center",
-            fontsize=9.5,
-            color=DECODE,
-        )
-    axis.axvline(1.0, color=FAINT, linestyle=":", linewidth=1.3)
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.tick_params(axis="y", length=0)
-    axis.set(xlim=(0, 1.35), ylim=(len(rows) - 0.5, -0.6), xlabel=f"{name} over vLLM's, one instance with 16 places")
-    handles = [Line2D([], [], color=DECODE, marker="o", linewidth=2), Line2D([], [], color=INK, linewidth=2.4)]
-    legend(axis, handles, ["simulated, mean ± deviation", "the paper"])
+    """Figures over a baseline's for each kind of load, side by side: seed by seed, with the mean, beside what a paper prints (None: nothing)."""
+    first = next(iter(sides.values()))
+    figure, axes = new_figure(1.3 + 0.46 * len(first), [1] * len(sides))
+    for number, (axis, (name, rows)) in enumerate(zip(axes, sides.items())):
+        for place, (values, printed) in enumerate(rows.values()):
+            axis.plot(values, [place] * len(values), "o", color=DECODE, alpha=0.2, markersize=6)
+            axis.errorbar(
+                mean(values), place, xerr=stdev(values), color=DECODE, marker="o", markersize=8, capsize=4, linewidth=2
+            )
+            axis.text(
+                mean(values), place - 0.2, f"{mean(values):.2f}", ha="center", va="bottom", fontsize=9.5, color=DECODE
+            )
+            if printed is not None:
+                axis.plot([printed] * 2, [place - 0.28, place + 0.28], color=INK, linewidth=2.6)
+        axis.axvline(1.0, color=FAINT, linestyle=":", linewidth=1.3)
+        axis.set_yticks(range(len(rows)), list(rows) if number == 0 else [])
+        axis.tick_params(axis="y", length=0)
+        axis.set(xlim=(0, 1.1), ylim=(len(rows) - 0.5, -0.7), xlabel=f"{name} (vLLM = 1)")
+    handles = [Line2D([], [], color=DECODE, marker="o", linewidth=2), Line2D([], [], color=INK, linewidth=2.6)]
+    legend(axes[-1], handles, ["simulated", "the paper"])
     return frame(figure, finding, caption)

@@ -59,7 +59,7 @@ def draw_objectives(tried: Trial, caption: str) -> Figure:
     first = "All nine kept" if tried.kept == len(tried.over) else f"{len(tried.over) - tried.kept} of 9 missed"
     return frame(
         figure,
-        f"{design.name}, {machines}: {first[0].lower() + first[1:]}",
+        f"{design.name[0].upper() + design.name[1:]}, {machines}: {first[0].lower() + first[1:]}",
         f"{caption} · of 8 H100 machines: power {design.power / BUDGET:.0%}, cost {design.cost / COST:.0%} · allowed at P50, P90, P99: "
         "TTFT 2, 3, 6, TBT and E2E 1.25, 1.5, 5 times an idle A100's",
     )

@@ -24,8 +24,8 @@ def texts(figure: object) -> list[str]:
 
 def test_the_best_pair_is_framed_and_named() -> None:
     figure = draw_goodput_map({(1, 1): 1.0, (2, 1): 2.5, (1, 2): 0.0}, {"both, 1 rank": 2.0}, "finding", "caption")
-    assert {"1", "2.5", "none", "3 GPUs"} <= set(texts(figure))
-    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["apart, 2 and 1 ranks", "both, 1 rank"]
+    assert {"1.0", "2.5", "none", "3 GPUs"} <= set(texts(figure))
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["apart, 2 and 1", "both, 1 rank"]
     assert png(figure)
 
 
@@ -35,9 +35,9 @@ def test_phases_and_queues() -> None:
     assert (
         draw_queues(queues(1.5), 0.5, "caption")
         ._suptitle.get_text()
-        .startswith("Load 0.5: tensor parallel is sooner; ")
+        .startswith("Load 0.5: tensor parallel ranks are sooner, the other takes 1.30 times as long")
     )
-    assert "pipeline is sooner" in draw_queues(queues(1.3), 1.2, "caption")._suptitle.get_text()
+    assert "a pipeline is sooner" in draw_queues(queues(1.3), 1.2, "caption")._suptitle.get_text()
 
 
 def test_attainment_has_bars_within_the_axis() -> None:
@@ -78,8 +78,10 @@ def test_the_forecast_says_what_the_gates_say() -> None:
 
 @pytest.mark.parametrize("printed", [None, 0.5])
 def test_rows_beside_a_baseline(printed: float | None) -> None:
-    assert png(draw_loads({"mixed": ([0.3, 0.4], printed)}, "mean TTFT", "finding", "caption"))
+    assert png(draw_loads({"mean TTFT": {"mixed": ([0.3, 0.4], printed)}}, "finding", "caption"))
     points = [(0.0, 0.9, 0.02), (1.0, 0.95, 0.01)]
-    assert png(draw_gates({"reserve-static": points}, [(1.0, 0.9, "reserve-static")], "finding", "caption"))
+    assert png(
+        draw_gates({"reserve-static": points}, {"reserve-static": 0.9}, [(0.9, "reserve-static")], "finding", "caption")
+    )
     figure = draw_parts({"one": (1.0, 3.0, 2), "other": (0.5, 2.0, 0)}, "finding", "caption")
     assert texts(figure) == ["3 s, first token after 1 s, 2 put back", "2 s, first token after 0.5 s"]

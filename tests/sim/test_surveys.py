@@ -18,7 +18,7 @@ def test_queues_are_those_of_the_formulas() -> None:
     assert mean_ttft(0.5, 2, 1.0) == pytest.approx(1 + 0.5 / 6)
     assert mean_ttft(0.5, 1, 1.6) == pytest.approx(1 / 1.6 + 0.5 / (3.2 * 1.1))
     assert mean_ttft(1.7, 1, 1.6) == mean_ttft(2.0, 2, 1.0) == float("inf")
-    for stages, each, gain in ((2, queues(1.5)["pipeline"], 1.0), (1, queues(1.5)["tensor parallel"], 1.5)):
+    for stages, each, gain in ((2, queues(1.5)["a pipeline"], 1.0), (1, queues(1.5)["tensor parallel ranks"], 1.5)):
         for load, time in each.dots:
             assert time == pytest.approx(mean_ttft(load, stages, gain), rel=0.1)
 
@@ -28,7 +28,7 @@ def test_a_survey_names_who_serves_most() -> None:
     assert set(chat.pairs) == {(1, 1), (1, 2), (2, 1), (2, 2)} and chat.best == (2, 1)
     assert chat.words.startswith("Doing both wins, on 4 ranks: ")
     strict = survey(asking(4000, 25, 800, 145), gpus=8)
-    assert strict.best == (4, 4) and strict.words.startswith("Apart wins, prefill on 4, decode on 4: ")
+    assert strict.best == (2, 4) and strict.words.startswith("Apart wins, on 2 and 4 ranks: ")
     assert survey(asking(1, 1, 800, 145), gpus=4).words == "Nothing keeps these goals"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from random import Random
 from typing import Any
 
 from minillm.lesson.exercise import Case, Exercise, Outcome, RuleError
@@ -78,6 +79,24 @@ def _listed(count: int, work: int) -> tuple[list[int], int]:
     return [count], work
 
 
+def _states(count: int = 60) -> tuple[Case, ...]:
+    """Decisions in states that are drawn, all kinds of them about as often."""
+    random = Random(3)
+    cases: list[Case] = []
+    while len(cases) < count:
+        running = [(random.randint(5, 300), random.randint(1, 90)) for _ in range(random.choice([1, 2, 4, 50]))]
+        free = random.randint(0, 300)
+        case = Case(
+            f"state {len(cases) + 1} that was drawn", (random.randint(1, 200), random.randint(1, 400), free, running)
+        )
+        sure = case.inputs[0] + case.inputs[1] + 400 < free
+        if not sure and (admit_spec(case)[0] or random.random() < 0.3):
+            cases.append(case)
+    return tuple(cases)
+
+
+RANDOM = _states()
+
 ROOM = Exercise(
     name="16.room",
     function="room",
@@ -91,6 +110,7 @@ ROOM = Exercise(
         Case("as likely", (10, [0.4, 0.4, 0.2], 100)),
         Case("wide buckets", (512, [0.1, 0.9], 400)),
         Case("nearly as likely", (7, [0.30, 0.34, 0.36], 100)),
+        Case("two that are likely", (7, [0.36, 0.64], 100)),
     ),
     starter='''\
 def room(prompt, chances, width):
@@ -173,6 +193,12 @@ RESERVE = Exercise(
         Case("who ends first is not who has most: admit(20, 90, 50, [(10, 2), (300, 50)])", (20, 90, 50, [(10, 2), (300, 50)])),
         Case("what ends gives back what it takes meanwhile: admit(30, 69, 60, [(40, 20)])", (30, 69, 60, [(40, 20)])),
         Case("just too much: admit(30, 71, 60, [(40, 20)])", (30, 71, 60, [(40, 20)])),
+        Case("who ends first has most: admit(20, 90, 50, [(10, 50), (300, 2)])", (20, 90, 50, [(10, 50), (300, 2)])),
+        Case("just enough: admit(30, 70, 60, [(40, 20)])", (30, 70, 60, [(40, 20)])),
+        Case("the last of five ends first: admit(20, 60, 60, [(9, 40)] * 4 + [(30, 3)])", (20, 60, 60, [(9, 40)] * 4 + [(30, 3)])),
+        Case("the last of five, too little: admit(20, 70, 60, [(9, 40)] * 4 + [(30, 3)])", (20, 70, 60, [(9, 40)] * 4 + [(30, 3)])),
+        Case("two end at once, the first counts: admit(20, 60, 40, [(30, 4), (90, 4)])", (20, 60, 40, [(30, 4), (90, 4)])),
+        *RANDOM,
         Case("simulated, heavy answers", ("LPHD", 100)),
         Case("simulated, mixed answers", ("Mixed", 200)),
     ),
@@ -183,8 +209,8 @@ def admit(tokens, to_come, free, running):
 
     free: tokens of cache that are free now; running: (tokens, to_come) of each that decodes. It
     needs room for tokens + 1 now. And all that it may become must fit what will be free when the
-    first of those that run ends: until then each takes a token a step, and then that one gives back
-    all it has by then. Alone it may start.
+    first of those that run ends (of several at once, the first in the list): until then each takes a
+    token a step, and then that one gives back all it has by then. Alone it may start.
     """
     return tokens + 1 <= free  # greedy. MEND (about 6 lines)
 ''',
