@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from minillm.policy.admission import Predictor
 from minillm.sim import distserve, lending, splitwise, tetri
 from minillm.sim.distserve import BOTH, FIGURE_8, Setting
 from minillm.sim.splitwise import A100, H100, H100_CAPPED, Design
 from minillm.trace.metrics import SLO
-from minillm.trace.workload import TRACED, Quantiles, find_trace, read_trace
+from minillm.trace.workload import PERCENTS, TRACED, Quantiles, find_trace, read_trace
 
 SEEDS = 8
 KEPT = Path(__file__).with_name("claims.json")
@@ -101,6 +101,14 @@ def _lengths(name: str) -> tuple[tuple[int, int], ...] | Quantiles:
     """The lengths of an Azure trace, or those drawn from what is published of it where the file is not here."""
     file = find_trace(name)
     return TRACED[name] if file is None else tuple((each.prompt_tokens, each.new_tokens) for each in read_trace(file))
+
+
+def median_length(trace: str, side: int, seed: int) -> float:
+    """The median of a trace's prompts (side 0) or answers (1); where the file is not here, of what was computed from it."""
+    lengths = _lengths(trace)
+    if isinstance(lengths, Quantiles):
+        return float((lengths.prompts, lengths.news)[side][PERCENTS.index(50)])
+    return float(median(pair[side] for pair in lengths))
 
 
 @cache
@@ -296,5 +304,18 @@ CLAIMS = [
     Claim(
         "infinite-order", "1 if that grows with the variance of lengths and with the number of instances", "sign", 1.0, 0.7, 1.0,
         lending_grows, why="as above",
+    ),
+    Claim(
+        "kv-arithmetic", "GiB of keys and values of 512 tokens in OPT-66B", "form", 1.13, 1.125, 1.125,
+        lambda seed: 512 * distserve.TOKEN_BYTES["OPT-66B"] / 2**30, seeds=1, fast=True,
+    ),
+    *(
+        Claim(
+            f"azure-{name}-{what}", f"median {what} tokens of Azure's {name} trace", "data", printed, 0.97 * printed, 1.03 * printed,
+            partial(median_length, f"azure-{name}", side), seeds=1, fast=True,
+        )
+        for name, what, side, printed in (
+            ("conversation", "prompt", 0, 1020), ("conversation", "answer", 1, 129), ("code", "prompt", 0, 1500), ("code", "answer", 1, 13),
+        )
     ),
 ]  # fmt: skip

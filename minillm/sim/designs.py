@@ -17,7 +17,7 @@ COST = 8 * 4.76  # of the same, as in the scripts
 PROMPT_TOKENS, BATCH = 2048, 32  # of a step that reads, and of one that decodes
 SECONDS = 60.0
 BUDGET = 352.0  # power of 8 H100 machines, in the scripts' unit: a fifth of the paper's clusters
-NAMES = {"A": "A100", "H": "H100", "Hcap": "H100, capped"}
+NAMES = {"A": "A100", "H": "H100", "Hcap": "capped H100"}
 
 
 def tokens_per_power(model: Hosted = BLOOM) -> dict[str, tuple[float, float]]:

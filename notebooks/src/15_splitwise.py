@@ -110,7 +110,7 @@ from minillm.viz.watts import draw_watts
 
 per_watt = tokens_per_power()
 watt.reveal(
-    per_watt["H100, capped"][1],
+    per_watt["capped H100"][1],
     f"Uncapped, an H100 gives only {per_watt['H100'][1]:.2f} times as many: it waits for its"
     " memory, and draws power meanwhile. Capped, decode is thought to be as fast as before. Per"
     " watt a capped reader looks good, too; but a prompt takes 1.3 times as long there, and TTFT"

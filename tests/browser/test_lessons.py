@@ -544,7 +544,7 @@ def test_lesson_15(browser: Any, lab: str) -> None:
         page.keyboard.press("End")
     page.wait_for_timeout(1500)
     card.screenshot(path=SHOTS / "15-pools.png")
-    turn(page, "Are all nine kept?", "A100", "H100 capped", "code").screenshot(path=SHOTS / "15-objectives.png")
+    turn(page, "Are all nine kept?", "H100 capped", "code", "by batch").screenshot(path=SHOTS / "15-objectives.png")
     assert page.broken == []
     page.close()
 
@@ -553,7 +553,7 @@ def test_lesson_16(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "16_tetriinfer.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "16")
-    ask = page.locator(".minillm-card", has_text="How many times is a request put back")
+    ask = page.locator(".minillm-card", has_text="How often is a request put back")
     guess_a_number(page, ask, 0.6, "times")
     ask.last.screenshot(path=SHOTS / "16-back.png")
     card = turn(page, "Who lets it in?")
@@ -562,6 +562,6 @@ def test_lesson_16(browser: Any, lab: str) -> None:
         page.keyboard.press("End")
     page.wait_for_timeout(1500)
     card.screenshot(path=SHOTS / "16-forecast.png")
-    turn(page, "Which part matters?", "Mixed", "fcfs", "greedy").screenshot(path=SHOTS / "16-parts.png")
+    turn(page, "Which part matters?", "mixed", "longest first", "greedy").screenshot(path=SHOTS / "16-parts.png")
     assert page.broken == []
     page.close()
