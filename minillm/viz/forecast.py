@@ -51,7 +51,7 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
         for number, (when, need, words) in enumerate(needs):
             there = free if when == 0 else free_then(free, running, when)
             fits = need <= there
-            x = when + wide * 0.013 * place * (when == 0)
+            x = when or wide * 0.014 * (place - 3)  # all three ask now, side by side before the first step
             axis.plot([x, x], [0, need], color=COLOURS[name], linewidth=4.5, solid_capstyle="butt", alpha=0.9)
             axis.plot(x, need, marker="o" if fits else "X", color=COLOURS[name], markersize=10, markeredgecolor="white")
             said = f"{plain(need)} {words}, {plain(there)} free"
@@ -67,7 +67,7 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
         )
     top = max([*line, tokens + to_come]) * 1.25
     axis.set(
-        xlim=(-0.02 * wide, wide * 1.02),
+        xlim=(-0.06 * wide, wide * 1.02),
         ylim=(min(0, *line), top),
         xlabel="decode steps from now",
         ylabel="tokens of cache free",

@@ -55,7 +55,7 @@ from minillm.lesson.predict import Predict
 
 burst = Predict(
     "15.burst",
-    "The last first token: how many times as soon, when the idle rank may be borrowed?",
+    "How many times as soon comes the last first token, when the idle rank may be borrowed?",
     "×",
     0.5,
     8,
@@ -75,8 +75,10 @@ from minillm.viz.requests import draw_requests
 burst.reveal(
     last["roles"] / last["pools"],
     f"{last['roles']:.1f} s with fixed roles, {last['pools']:.1f} s with pools. Requests without"
-    " pink have no cache to move: they were read, and go on, where the others decode. That costs"
-    " those others gaps, as in lesson 13; so machines go home when they are idle.",
+    " pink go on where they were read: at the borrowed rank, or at the first one, once nobody was"
+    " left to borrow. A long pink bar is a cache that waits for a rank which is in the middle of"
+    " reading: that is what borrowing costs, as in lesson 13. So machines go home when they are"
+    " idle.",
     draw_requests(
         traces["pools"],
         f"Pools: the last first token after {last['pools']:.1f} s instead of {last['roles']:.1f}",
@@ -87,7 +89,8 @@ burst.reveal(
 # ## By hand: tokens for a watt
 #
 # An H100 computes 3.43 times as fast as an A100, reads memory 1.64 times as fast, and draws 1.75 times the power (the paper's table I). Prefill
-# computes, decode reads. What does each machine give for a watt? (And if an H100 is *capped* to 70 % of its power, with 32 requests at a time?)
+# computes, decode reads. What does each machine give for a watt? (And an H100 machine that is *capped* to 70 % of its power, with 32 requests at a
+# time?)
 
 # %%
 compute, memory, watts = 3.43, 1.64, 1.75
@@ -112,10 +115,10 @@ per_watt = tokens_per_power()
 watt.reveal(
     per_watt["capped H100"][1],
     f"Uncapped, an H100 gives only {per_watt['H100'][1]:.2f} times as many: it waits for its"
-    " memory, and draws power meanwhile. Capped, decode is thought to be as fast as before. Per"
-    " watt a capped reader looks good, too; but a prompt takes 1.3 times as long there, and TTFT"
-    " is promised. (Neither machine reaches the peaks above. The cap's figures are the paper's"
-    " assumption, not measured.)",
+    " memory, and draws power meanwhile. Per watt a capped reader looks good, too; but a prompt"
+    " takes 1.3 times as long there, and TTFT is promised. (Neither machine reaches the peaks"
+    " above. The paper measured that a cap hardly slows decode; the flat figures used here, 1.3"
+    " times for a prompt and nothing for a decode step, are those of its released simulator.)",
     lambda guess: draw_watts(
         per_watt,
         "For a watt an H100 reads more than an A100, and decodes less: unless it is capped",
@@ -211,13 +214,13 @@ WhatIf(
 # %% [markdown]
 # ## The paper's figure
 #
-# At equal power, AA serves 2.15 times the conversations of all A100, says the paper. Its released simulator looks decode times up where they hardly
-# depend on the batch. Its authors also *measured* them batch by batch.
+# At equal power, AA serves 2.15 times the conversations of all A100, says the paper. Its released simulator takes decode times from
+# curves that hardly depend on the batch. Its authors also *measured* them batch by batch.
 
 # %%
 gain = Predict(
     "15.gain",
-    "By batch, as measured: how many times all A100's conversations does AA serve?",
+    "With decode times batch by batch: how many times all A100's conversations does AA serve?",
     "×",
     0.5,
     4,
@@ -244,11 +247,12 @@ gain.reveal(
     f"As released, the paper's number is found again ({found[0]:.2f}; HA's {found[2]:.2f} is a"
     " little below the printed 1.18). By batch, machines that decode miss TBT early, and most of"
     " the gain is gone. The paper also promises HHcap 25 % less power, for no load that it names:"
-    f" we find {saved[0]:.0f} % for conversations, {saved[1]:.0f} % for code.",
+    f" we find {saved[0]:.0f} % for conversations, {saved[1]:.0f} % for code. (One run is one draw"
+    " of arrivals: yours may lie outside the eight dots.)",
     draw_claims(
         rows,
-        f"AA serves {found[0]:.2f} times the conversations of all A100; with measured batches"
-        f" {found[1]:.2f} times",
+        f"AA serves {found[0]:.2f} times the conversations of all A100; with decode times batch by"
+        f" batch {found[1]:.2f} times",
         "simulated before, 8 seeds, two minutes each; one run is yours · BLOOM-176B, Splitwise's"
         " curves · AA: 45 + 25 against 70 A100 machines, HA: 25 H100 + 26 A100 against 40 H100 ·"
         " all nine objectives",
@@ -259,14 +263,14 @@ gain.reveal(
 
 # %% [markdown]
 # **What the paper does not say.** Caches move over links of their own, as if nobody else were sending. Prompts are never cut: chunked prefill came
-# later. vLLM's documentation says that separating prefill and decode "does not improve throughput". And the abstract's 2.35 times is for machines at the
-# same cost *and* power; the order of designs depends on the load.
+# later. And the abstract's 2.35 times is for machines at the same cost *and* power; the order of designs depends on the load. (vLLM's view of splitting
+# stands in lesson 14.)
 
 # %% [markdown]
 # ## Simulated, and real
 #
-# Another burst, of four longer prompts: the same `Pools` on our two ranks, and on a simulated twin of them. Look at the order first: pools are sooner
-# in both columns. On a quiet machine the numbers agree to some 15 %; a busy one is slower than it was when it was calibrated.
+# Another burst, of four longer prompts: the same `Pools` on our two ranks, and on a simulated twin of them. Look at the order first: with pools TTFT is
+# sooner in both columns, and decode (P90) is slower. The numbers agree to some 15 %, if the machine is as busy now as when it was calibrated.
 
 # %% tags=["nbval-ignore-output"]
 from minillm.calibrate import calibrate
