@@ -38,33 +38,23 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     line = [free_then(free, running, step) for step in steps]
     axis.fill_between(steps, line, step="post", color=KV_CACHE, alpha=0.25, linewidth=0)
     axis.step(steps, line, where="post", color=KV_CACHE, linewidth=2.2)
-    now, then = tokens + 1, tokens + to_come
-    asks = {
-        "greedy": [(0, now, "now")],
-        "reserve-static": [(0, then if running else now, "now")],
-        "reserve-dynamic": [(0, now, "now"), (first, then, "when the first ends")] if running else [(0, now, "now")],
-    }
     says = {name: gate(tokens, to_come, free, running) for name, gate in GATES.items()}
     wide = steps[-1] or 1
-    for place, (name, needs) in enumerate(asks.items()):
+    for place, (name, needs) in enumerate(_needs(tokens, to_come, first, running).items()):
         aside.text(0, 0.92 - 0.34 * place, name, fontsize=11, weight="bold", color=COLOURS[name])
         for number, (when, need, words) in enumerate(needs):
-            there = free if when == 0 else free_then(free, running, when)
-            fits = need <= there
+            there = free_then(free, running, when) if when else free
             x = when or wide * 0.014 * (place - 3)  # all three ask now, side by side before the first step
+            marker = "o" if need <= there else "X"
             axis.plot([x, x], [0, need], color=COLOURS[name], linewidth=4.5, solid_capstyle="butt", alpha=0.9)
-            axis.plot(x, need, marker="o" if fits else "X", color=COLOURS[name], markersize=10, markeredgecolor="white")
+            axis.plot(x, need, marker=marker, color=COLOURS[name], markersize=10, markeredgecolor="white")
             said = f"{plain(need)} {words}, {plain(there)} free"
-            aside.text(0, 0.84 - 0.34 * place - 0.08 * number, said, fontsize=9.5, color=INK if fits else GUESS)
-        verdict = "lets it in" if says[name] else "does not let it in"
-        aside.text(
-            0,
-            0.84 - 0.34 * place - 0.08 * len(needs),
-            verdict,
-            fontsize=9.5,
-            weight="bold",
-            color=INK if says[name] else GUESS,
-        )
+            aside.text(
+                0, 0.84 - 0.34 * place - 0.08 * number, said, fontsize=9.5, color=INK if need <= there else GUESS
+            )
+        verdict, colour = ("lets it in", INK) if says[name] else ("does not let it in", GUESS)
+        below = 0.84 - 0.34 * place - 0.08 * len(needs)
+        aside.text(0, below, verdict, fontsize=9.5, weight="bold", color=colour)
     top = max([*line, tokens + to_come]) * 1.25
     axis.set(
         xlim=(-0.06 * wide, wide * 1.02),
@@ -88,15 +78,27 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
         [Line2D([], [], color=KV_CACHE, linewidth=3), *handles],
         ["free, as predicted", "there is room for it", "there is not"],
     )
-    let = [name for name, yes in says.items() if yes]
-    finding = (
-        "All three let it in"
-        if len(let) == 3
-        else "None lets it in"
-        if not let
-        else f"{' and '.join(let)} let{'s' * (len(let) == 1)} it in"
-    )
-    return frame(figure, finding[0].upper() + finding[1:], caption)
+    return frame(figure, _who_lets_it_in([name for name, yes in says.items() if yes]), caption)
+
+
+def _needs(tokens: int, to_come: int, first: int, running: Sequence[Running]) -> dict[str, list[tuple[int, int, str]]]:
+    """What each gate asks room for: (after so many steps, tokens, in words)."""
+    now, whole = (0, tokens + 1, "now"), tokens + to_come
+    if not running:
+        return {name: [now] for name in GATES}
+    return {
+        "greedy": [now],
+        "reserve-static": [(0, whole, "now")],
+        "reserve-dynamic": [now, (first, whole, "when the first ends")],
+    }
+
+
+def _who_lets_it_in(gates: Sequence[str]) -> str:
+    """The finding, a sentence."""
+    if len(gates) == len(GATES):
+        return "All three let it in"
+    said = f"{' and '.join(gates)} let{'s' * (len(gates) == 1)} it in" if gates else "none lets it in"
+    return said[0].upper() + said[1:]
 
 
 def draw_gates(
