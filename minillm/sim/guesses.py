@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 from minillm.policy.admission import Predictor
 from minillm.sim import tetri
-from minillm.sim.claims import tetri_over_vllm
+from minillm.sim.measures import tetri_over_vllm
 from minillm.sim.tetri import Setup, Tetri
 
 LOAD = "LPHD"  # light prompts, heavy answers: where lengths matter

@@ -230,7 +230,8 @@ gain
 # %%
 from random import randrange
 
-from minillm.sim.claims import AA, ALL_A, over, recorded
+from minillm.sim.claims import recorded
+from minillm.sim.measures import AA, ALL_A, over
 from minillm.viz.watts import draw_claims
 
 known = recorded()
