@@ -139,6 +139,8 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
     options.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV cache (default: by memory)")
     options.add_argument("--max-running", type=int, default=64, metavar="N", help="requests at a time (default 64)")
     options.add_argument("--max-step-tokens", type=int, default=512, metavar="N", help="per step (default 512)")
+    options.add_argument("--prompt-order", default="fcfs", help="fcfs (default), or sorted by length: sjf, ljf")
+    options.add_argument("--prompt-window", type=int, default=16, metavar="N", help="so many at a time (default 16)")
     options.add_argument("--in-flight", type=int, metavar="N", help="batches under way (default: as many as stages)")
     options.add_argument(
         "--sum-chunks", type=int, default=1, metavar="N", help="parts of a long prompt's sums (default 1)"

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
 
+from minillm.policy.queue import PROMPT_ORDERS
+
 
 def gone(pids: list[int], within_s: float = 5.0) -> bool:
     """Whether none of these processes runs any more (a zombie has ended)."""
@@ -36,4 +38,8 @@ def total() -> float:
 
 
 EXAMPLES = int(os.environ.get("MINILLM_EXAMPLES", "60"))  # more in `make soak`
-SWITCHES = {name: st.booleans() for name in ("continuous", "chunked_prefill", "preemption", "prefix_reuse")}
+SWITCHES = {
+    **{name: st.booleans() for name in ("continuous", "chunked_prefill", "preemption", "prefix_reuse")},
+    "prompt_order": st.sampled_from(list(PROMPT_ORDERS)),
+    "prompt_window": st.integers(1, 4),
+}

@@ -119,7 +119,8 @@ class Creditor:
 
     def _first(self, now_s: float) -> ScheduledRequest:
         """Who starts next."""
-        return min(self.scheduler.waiting, key=lambda each: self.scheduler.order(each, now_s))
+        self.scheduler.waiting.look(now_s)
+        return self.scheduler.waiting.first
 
 
 def age_of(request: ScheduledRequest) -> Age:

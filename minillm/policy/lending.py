@@ -161,7 +161,7 @@ class RManager(Creditor):
             for creditor in sorted({each.creditor for each in held}):
                 count = sum(len(each.blocks) for each in held if each.creditor == creditor)
                 placements.append(Placement(request.request_id, creditor, count, False))
-        wanted = self.pool.blocks_for(len(waiting[0].tokens)) - self.pool.num_free if waiting else 0
+        wanted = self.pool.blocks_for(len(waiting.first.tokens)) - self.pool.num_free if waiting else 0
         tokens = sum(request.computed for request in running)
         return Heartbeat(
             self.number, len(running), len(waiting), self.pool.num_free, self.pool.num_blocks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from minillm.policy.admission import GATES, Predictor
+from minillm.policy.queue import PROMPT_ORDERS
 
 TRANSFERS = ("whole", "chunk", "layer")
 WIRES = ("memory", "group")
@@ -13,6 +14,7 @@ DECODE_ROUTERS = ("least-tokens", "power-of-two")
 CONTROL = ("dispatch", "decode_router", "gate", "predictor", "idle_s")  # of prefill and decode instances
 WORDS = {
     "kv_transfer": TRANSFERS, "kv_wire": WIRES, "dispatch": DISPATCHES, "decode_router": DECODE_ROUTERS, "gate": tuple(GATES),
+    "prompt_order": tuple(PROMPT_ORDERS),
 }  # fmt: skip
 
 
@@ -22,7 +24,8 @@ class EngineOptions:
 
     `block_size` tokens share a block of the KV cache, of which there are `num_blocks` (None: as many as `max_running`
     sequences of the longest context can use, within 1 GiB a rank on a CPU and most of the free memory on a GPU).
-    A step takes at most `max_running` requests and `max_step_tokens` tokens. In a pipeline `in_flight` batches are under
+    A step takes at most `max_running` requests and `max_step_tokens` tokens. Prompts wait in the order in which they came (`prompt_order`
+    "fcfs"), or `prompt_window` of them at a time are sorted by length, the shortest first ("sjf") or the longest ("ljf"; TetriInfer). In a pipeline `in_flight` batches are under
     way at once (None: as many as there are stages; 1: naive model parallelism). Between tensor parallel ranks the sums of a
     long prompt leave in `sum_chunks` parts, each while the next is computed (1: whole). Where experts are shared out,
     `micro_batches` 2 computes one half of a step's tokens while the other half's are under way; every `rebalance_steps` steps
@@ -48,6 +51,8 @@ class EngineOptions:
     num_blocks: int | None = None
     max_running: int = 64
     max_step_tokens: int = 512
+    prompt_order: str = "fcfs"
+    prompt_window: int = 16
     in_flight: int | None = None
     sum_chunks: int = 1
     micro_batches: int = 1

@@ -1,4 +1,5 @@
-"""Requests that wait for their prompts to be read, in the order of arrival, or sorted a window at a time (TetriInfer, Hu et al. 2024).
+"""Who waits, and whose turn it is: by a scheduler's order, first come, or sorted by length a window at a time (TetriInfer, Hu et al. 2024,
+section 3.3.1).
 
 Plain state machines. What waits is anything; the key says how it is sorted.
 """
@@ -6,10 +7,15 @@ Plain state machines. What waits is anything; the key says how it is sorted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 Waiting = TypeVar("Waiting")
+PROMPT_ORDERS = {
+    "fcfs": 0,
+    "sjf": 1,
+    "ljf": -1,
+}  # first come, shortest first, longest first: the sign of a prompt's length
 
 
 class Queue(Generic[Waiting]):
@@ -22,7 +28,10 @@ class Queue(Generic[Waiting]):
         return len(self._waiting)
 
     def __bool__(self) -> bool:
-        return bool(self._waiting)
+        return len(self) > 0
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._waiting)
 
     def push(self, one: Waiting) -> None:
         """One more waits."""
@@ -32,6 +41,9 @@ class Queue(Generic[Waiting]):
         """It has been served in part, and waits again."""
         self._waiting.appendleft(one)
 
+    def look(self, now_s: float) -> None:
+        """Time has passed: whose turn it is may be another."""
+
     @property
     def first(self) -> Waiting:
         """Whose turn it is."""
@@ -40,6 +52,21 @@ class Queue(Generic[Waiting]):
     def pop(self) -> Waiting:
         """Serve it."""
         return self._waiting.popleft()
+
+    def remove(self, one: Waiting) -> None:
+        """It waits no longer. Raises `ValueError` for one that does not wait."""
+        self._waiting.remove(one)
+
+
+class Ordered(Queue[Waiting]):
+    """The lowest by `key(one, now_s)` first, as of the last `look`; also of those that were put back."""
+
+    def __init__(self, key: Callable[[Waiting, float], Any]) -> None:
+        super().__init__()
+        self.key = key
+
+    def look(self, now_s: float) -> None:
+        self._waiting = deque(sorted(self._waiting, key=lambda one: self.key(one, now_s)))
 
 
 class Windowed(Queue[Waiting]):
@@ -57,8 +84,9 @@ class Windowed(Queue[Waiting]):
     def __len__(self) -> int:
         return len(self._waiting) + len(self._window)
 
-    def __bool__(self) -> bool:
-        return bool(self._window or self._waiting)
+    def __iter__(self) -> Iterator[Waiting]:
+        yield from self._window
+        yield from self._waiting
 
     def put_back(self, one: Waiting) -> None:
         self._window.appendleft(one)
@@ -73,3 +101,6 @@ class Windowed(Queue[Waiting]):
     def pop(self) -> Waiting:
         assert self.first is self._window[0]
         return self._window.popleft()
+
+    def remove(self, one: Waiting) -> None:
+        (self._window if one in self._window else self._waiting).remove(one)

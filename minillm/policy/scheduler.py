@@ -8,10 +8,12 @@ Sarathi-Serve, Agrawal et al. 2024, section 4.2.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from minillm.policy.batch import Batch
 from minillm.policy.blocks import BlockPool, BlockTable
 from minillm.policy.options import EngineOptions
+from minillm.policy.queue import PROMPT_ORDERS, Ordered, Queue, Windowed
 from minillm.policy.request import Load, Order, ScheduledRequest, Status, first_come
 from minillm.policy.step import Step
 
@@ -32,7 +34,7 @@ class Scheduler:
         self.depth, self.under_way = depth, 0
         self.options = options or EngineOptions()
         self.order = order
-        self.waiting: list[ScheduledRequest] = []
+        self.waiting = self._queue()
         self.running: list[ScheduledRequest] = []
         self.requests: dict[int, ScheduledRequest] = {}
         self.beyond = 0  # blocks that other instances lend at most
@@ -45,7 +47,7 @@ class Scheduler:
         """Let a request wait. Raises `ValueError` for an id in use, and for a request that can never run."""
         self.check(request)
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self.waiting.push(request)
 
     def check(self, request: ScheduledRequest) -> None:
         """Raise `ValueError` for what `add` would refuse."""
@@ -177,6 +179,16 @@ class Scheduler:
         """How full it is now."""
         return Load(len(self.running), len(self.waiting), self.pool.num_used, self.pool.num_blocks)
 
+    def _queue(self) -> Queue[ScheduledRequest]:
+        """Who waits: by `order`, or by the length of their prompts; what has been read elsewhere goes before those."""
+        options = self.options
+        if options.prompt_order == "fcfs":
+            return Ordered(lambda request, now_s: self.order(request, now_s))
+        if self.order is not first_come:
+            raise ValueError(f"prompt_order={options.prompt_order!r} and an order of one's own: give one of them")
+        sign = PROMPT_ORDERS[options.prompt_order]
+        return Windowed(lambda each: (not each.arriving, each.priority, sign * len(each.tokens)), options.prompt_window)
+
     def _share(self) -> int:
         """The most requests of one batch. When several batches are to be under way, an equal part of all that run or can
         start, and of those that no batch has yet.
@@ -191,7 +203,7 @@ class Scheduler:
     def _startable(self) -> int:
         """How many waiting requests there are places and blocks for, about."""
         free, count = self.pool.num_free, 0
-        for request in self.waiting[: max(0, self.options.max_running - len(self.running))]:
+        for request in islice(self.waiting, max(0, self.options.max_running - len(self.running))):
             free -= self.pool.blocks_for(len(request.tokens))
             if free < 0:
                 break
@@ -218,16 +230,16 @@ class Scheduler:
 
     def _start_new(self, step: Step, now_s: float) -> None:
         """Start waiting requests in order until one does not fit."""
-        self.waiting.sort(key=lambda request: self.order(request, now_s))
+        self.waiting.look(now_s)
         while self.waiting and (step.has_place or not self.options.continuous):
-            request = self.waiting[0]
+            request = self.waiting.first
             if not self.may_start(request):
                 return
             if sum(each.samples for each in self.running) + request.samples > self.options.max_running:
                 return
             request.table = request.table or BlockTable(self.pool)
             if request.arriving and self._has_room(request):
-                self._expect(self.waiting.pop(0), step)
+                self._expect(self.waiting.pop(), step)
                 continue
             if request.arriving:
                 return
@@ -239,7 +251,7 @@ class Scheduler:
                 request.table.free()
                 request.computed = request.reused = 0
                 return
-            self.running.append(self.waiting.pop(0))
+            self.running.append(self.waiting.pop())
             request.status = Status.RUNNING
             if request.handed:
                 self.readings += 1
@@ -290,7 +302,7 @@ class Scheduler:
         request.table.free()
         request.computed, request.status = 0, Status.WAITING
         self.running.remove(request)
-        self.waiting.append(request)
+        self.waiting.put_back(request)
         self.preempted.append(request.request_id)
         if request.reading:
             self.gone.append(request.reading)
@@ -302,6 +314,7 @@ class Scheduler:
         del self.requests[request.request_id]
         if request.reading and all(each.reading != request.reading for each in self.requests.values()):
             self.gone.append(request.reading)
-        for queue in (self.waiting, self.running):
-            if request in queue:
-                queue.remove(request)
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            self.running.remove(request)

@@ -13,10 +13,11 @@ from minillm.hardware.devices import Link, find_device
 from minillm.model.config import ModelConfig
 from minillm.policy.admission import GATES, HEAVY, Gate, Predictor, Running
 from minillm.policy.handing import Dispatcher, Role
-from minillm.policy.queue import Queue, Windowed
+from minillm.policy.queue import PROMPT_ORDERS, Queue, Windowed
 from minillm.policy.router import LeastTokens
-from minillm.policy.spread import BROADCAST_S, PowerOfTwo, Watcher
-from minillm.sim.cluster import Apart, Cluster, Kind, Together, Wires
+from minillm.policy.spread import PowerOfTwo
+from minillm.sim.broadcast import Broadcasting
+from minillm.sim.cluster import Cluster, Kind, Together, Wires
 from minillm.sim.costs import Costs, Roofline
 from minillm.sim.machine import Limits, Machine
 from minillm.sim.task import Task
@@ -25,7 +26,6 @@ from minillm.trace.workload import Arrival
 OPT_13B = ModelConfig("llama", 50272, 5120, 13653, 40, 40, 40, 128, 2048)  # its MLP of two products as three, as large
 CHUNK = 512  # tokens of a chunk, OPT-13B on V100
 HEAVY_PROMPT = 512
-ORDERS = {"fcfs": lambda task: task.arrival_s, "sjf": lambda task: task.prompt, "ljf": lambda task: -task.prompt}
 WORKLOADS = {  # (prompts, answers) light or heavy: LPHD is light prompts, heavy decodes
     "LPLD": (False, False), "LPHD": (False, True), "HPLD": (True, False), "HPHD": (True, True),
 }  # fmt: skip
@@ -48,7 +48,7 @@ class Setup:
     cache_tokens: int = 20_000
 
     def __post_init__(self) -> None:
-        for name, known in (("order", ORDERS), ("gate", GATES)):
+        for name, known in (("order", PROMPT_ORDERS), ("gate", GATES)):
             if not callable(getattr(self, name)) and getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give one of {', '.join(known)}")
 
@@ -70,8 +70,8 @@ def admit_by(gate: Gate) -> Callable[[Machine, Task], bool]:
     return admits
 
 
-class Tetri(Apart):
-    """Machines that read, and machines that go on; a monitor hears from all of them and broadcasts."""
+class Tetri(Broadcasting):
+    """Machines that read, and machines that go on."""
 
     def __init__(self, setup: Setup, costs: Costs, seed: int = 0) -> None:
         self.setup, self.random = setup, Random(seed)
@@ -83,40 +83,18 @@ class Tetri(Apart):
             Kind(costs, goes_on, 2, Queue, admits)
         ] * setup.decodes
         roles = [Role.PREFILL] * setup.prefills + [Role.DECODE] * setup.decodes
-        self.spread = PowerOfTwo(count, self.random)
-        self.watcher = Watcher(count, setup.idle_s) if setup.idle_s is not None else None
-        self.flips: list[tuple[float, int, Role]] = []
-        self._listening = False
-        token_bytes = OPT_13B.kv_numbers_per_token * 2.0
-        super().__init__(kinds, Dispatcher(roles, LeastTokens(count), self.spread), Wires(setup.link, token_bytes))
+        spread, token_bytes = PowerOfTwo(count, self.random), OPT_13B.kv_numbers_per_token * 2.0
+        dispatcher = Dispatcher(roles, LeastTokens(count), spread)
+        super().__init__(kinds, dispatcher, Wires(setup.link, token_bytes), setup.idle_s)
 
     def arrive(self, task: Task) -> None:
         if self.setup.predictor is not None:
             task.predicted = self.setup.predictor.lower_end(task.new, self.random)
-        if not self._listening:
-            self._listening = True
-            self._broadcast()
         super().arrive(task)
 
     def _queue(self) -> Queue[Task]:
-        return Windowed(ORDERS[self.setup.order], self.setup.window)
-
-    def _broadcast(self) -> None:
-        """Every 100 ms all hear how much room each has; while there is anything to do."""
-        self.spread.hear([machine.free for machine in self.machines])
-        if self.watcher is not None:
-            self._watch(self.watcher)
-        if any(not machine.drained for machine in self.machines):
-            self.clock.at(self.clock.now_s + BROADCAST_S, self._broadcast)
-        else:
-            self._listening = False
-
-    def _watch(self, watcher: Watcher) -> None:
-        """Let who is idle for long change its role."""
-        busy = [not machine.drained for machine in self.machines]
-        if not self.dispatcher.turning and (turn := watcher.look(self.clock.now_s, busy, self.dispatcher.roles)):
-            self.dispatcher.flip(*turn)
-            self.flips.append((self.clock.now_s, *turn))
+        sign = PROMPT_ORDERS[self.setup.order]
+        return Windowed(lambda task: sign * task.prompt, self.setup.window)
 
 
 def baseline(costs: Costs, running: int = 16, cache_tokens: int = 20_000, instances: int = 1) -> Cluster:

@@ -19,18 +19,23 @@ from law import OPTIONS, WORK, check_law
 from tiny import make_checkpoint
 
 from minillm import LLM, EngineOptions, SamplingParams
+from minillm.calibrate import Calibration
 from minillm.engine.handing import Handing
 from minillm.engine.request import Request
+from minillm.hardware.profiles import Fit
 from minillm.parallel.links import connect
 from minillm.policy.admission import GATES, Predictor
 from minillm.policy.blocks import BlockPool
 from minillm.policy.handing import Role
 from minillm.policy.options import TRANSFERS, WIRES
+from minillm.policy.queue import PROMPT_ORDERS
 from minillm.policy.request import ScheduledRequest
 from minillm.policy.scheduler import Scheduler
 from minillm.serve.worker import Job, Worker
 from minillm.trace.life import Event, RequestLife
 from minillm.trace.trace import Kind
+from minillm.trace.workload import Arrival
+from minillm.twin import Twin, twin_of
 from minillm.viz.requests import draw_requests
 
 SHOW = [p for p in Phase if p is not Phase.shrink]
@@ -178,6 +183,34 @@ def test_gates_hold_requests_back(one: LLM, folder: Path) -> None:
             preempted[gate] = sum(event is Event.PREEMPTED for life in mode.trace.lives for event, _ in life.moments)
             mode.close()
     assert preempted["greedy"] > preempted["reserve-static"] >= preempted["reserve-dynamic"], preempted
+
+
+@pytest.mark.parametrize("order", PROMPT_ORDERS)
+def test_prompts_are_read_in_the_order_asked_for(one: LLM, folder: Path, order: str) -> None:
+    """By ranks as by their simulated twin: a window at a time."""
+    lengths = [60, 20, 90, 40, 30, 10]
+    prompts = [[number] * length for number, length in enumerate(lengths)]
+    expected = [each.token_ids for each in one.generate(prompts, PARAMS)]
+    options = replace(SMALL, num_blocks=48, max_step_tokens=8, prompt_order=order, prompt_window=3)
+    fit = Fit((1.0, 0.1, 0.0), (1.0, 0.0, 0.1), (1.0, 0.0, 0.1))
+    with LLM(folder, "prefill=1xtp=1,decode=1xtp=1", device="cpu", options=options) as llm:
+        assert [each.token_ids for each in llm.generate(prompts, PARAMS)] == expected
+        read = sorted(range(6), key=lambda number: llm.trace.lives[number].first(Event.TOKEN))
+        tasks = twin_of(llm, Calibration(fit, 0.0, 0.0)).serve([Arrival(0.0, each, 9) for each in lengths])
+    sign = PROMPT_ORDERS[order]
+    windows = [sorted(some, key=lambda number: sign * lengths[number]) for some in (range(3), range(3, 6))]
+    assert read == windows[0] + windows[1] == sorted(range(6), key=lambda number: tasks[number].first_s)
+
+
+def test_twins_watch_who_is_idle(folder: Path) -> None:
+    """Its machines are as large as the instances, and change their roles as those do."""
+    options = replace(SMALL, idle_s=0.3, decode_router="power-of-two")
+    with LLM(folder, "prefill=2xtp=1,decode=1xcp=2", device="cpu", options=options) as llm:
+        twin = twin_of(llm, Calibration(Fit((1.0, 0.1, 0.0), (9.0, 0.0, 0.1), (9.0, 0.0, 0.1)), 0.0, 0.0))
+        assert isinstance(twin, Twin)
+        assert [each.limits.cache_tokens for each in twin.machines] == [384, 384, 768]
+        (task,) = twin.serve([Arrival(0.0, 20, 250)])
+        assert task.given == 250 and twin.dispatcher.roles.count(Role.DECODE) == 2 and len(twin.flips) == 1
 
 
 def test_an_idle_instance_changes_its_role(one: LLM, folder: Path) -> None:

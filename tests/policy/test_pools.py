@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minillm.policy.admission import GATES, Predictor, Running, greedy, reserve_dynamic, reserve_static
 from minillm.policy.handing import Role
 from minillm.policy.pools import Pools
-from minillm.policy.queue import Queue, Windowed
+from minillm.policy.queue import Ordered, Queue, Windowed
 from minillm.policy.router import ShortestQueue
 from minillm.policy.spread import PowerOfTwo, Watcher
 
@@ -77,6 +77,20 @@ def test_queues() -> None:
     assert [window.pop() for _ in range(3)] == [4, 5, 1], "nobody overtakes from a later window"
     with pytest.raises(ValueError, match="size=0: give a whole number from 1"):
         Windowed(lambda each: each, 0)
+    for each in (7, 6, 5, 2):
+        window.push(each)
+    assert window.first == 6
+    window.put_back(8)
+    window.remove(7)
+    window.remove(2)
+    assert (list(window), len(window)) == ([8, 6, 5], 3), "who was put back goes first"
+    with pytest.raises(ValueError):
+        window.remove(1)
+    ordered: Ordered[int] = Ordered(lambda each, now_s: (each != now_s, each))
+    for each in (3, 2, 1):
+        ordered.push(each)
+    ordered.look(2.0)
+    assert list(ordered) == [2, 1, 3]
 
 
 def test_gates() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import Machine, alone
 
-from minillm.policy.blocks import chain
+from minillm.policy.blocks import BlockPool, chain
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import ScheduledRequest, Status
+from minillm.policy.scheduler import Scheduler
 
 OPTIONS = st.builds(
     EngineOptions,
@@ -100,6 +101,30 @@ def test_decodes_first_then_prompts_begun_then_new_ones() -> None:
     assert sizes(machine) == [(0, 1), (1, 7)]
     assert sizes(machine) == [(0, 1), (1, 7)]
     assert sizes(machine) == [(0, 1), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("order", "expected"), [("sjf", [1, 0, 3, 2, 4]), ("ljf", [0, 1, 2, 3, 4])])
+def test_prompts_sorted_a_window_at_a_time(order: str, expected: list[int]) -> None:
+    """TetriInfer: nobody overtakes from a later window, however short."""
+    machine = start(replace(SMALL, prompt_order=order, prompt_window=2, max_running=1), 8, 3, 7, 5, 1, new=1)
+    assert [sizes(machine)[0][0] for _ in range(5)] == expected
+
+
+def test_what_was_read_elsewhere_and_what_is_urgent_does_not_wait_for_prompts() -> None:
+    machine = start(replace(SMALL, prompt_order="ljf", prompt_window=8, max_running=1), 2, 8, 5, 3)
+    machine.scheduler.requests[2].priority = -1.0
+    machine.scheduler.requests[3].arriving = 3
+    assert machine.scheduler.waiting.first.request_id == 3
+    assert [each.request_id for each in machine.scheduler.waiting] == [3, 2, 1, 0]
+
+
+def test_two_orders_are_one_too_many() -> None:
+    with pytest.raises(ValueError, match="prompt_order='sjf' and an order of one's own: give one of them"):
+        Scheduler(BlockPool(4, 4), replace(SMALL, prompt_order="sjf"), lambda request, now_s: -request.arrival_s)
+    with pytest.raises(ValueError, match="prompt_order='shortest': give one of fcfs, sjf, ljf"):
+        replace(SMALL, prompt_order="shortest")
+    with pytest.raises(ValueError, match="prompt_window=0: give a whole number from 1"):
+        replace(SMALL, prompt_window=0)
 
 
 def test_without_chunks_a_prompt_runs_whole() -> None:
