@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from minillm import LLM, Ranks  # noqa: E402
 
 settings.register_profile("minillm", deadline=None)  # machines are busy; figures of speed are in bench/
 settings.load_profile("minillm")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell keeps it from what runs in the background
 
 
 @pytest.fixture(scope="session")
