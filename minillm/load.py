@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from random import Random
 
+from minillm.engine.session import WAIT_S
 from minillm.llm import LLM
 from minillm.model.sampling import SamplingParams
 from minillm.trace.trace import Trace
@@ -33,10 +34,11 @@ def drive(llm: LLM, arrivals: Sequence[Arrival], seed: int = 0, prefix: Sequence
             while coming and coming[0][0] <= time.monotonic() - began_s:
                 at_s, request = coming.popleft()
                 llm.submit([request], began_s + at_s)
+            next_s = max(0.0, began_s + coming[0][0] - time.monotonic()) if coming else WAIT_S
             if llm.engine.requests:
-                llm.step()
+                llm.step(min(next_s, WAIT_S))
             else:
-                time.sleep(max(0.0, began_s + coming[0][0] - time.monotonic()))
+                time.sleep(next_s)
     finally:  # an interrupt ends them all
         llm.cancel(requests)
     return llm.trace

@@ -18,6 +18,7 @@ from minillm.disagg.handover import equip
 from minillm.disagg.layout import SplitLayout
 from minillm.engine.handing import Note, What
 from minillm.engine.request import Piece, Request
+from minillm.engine.session import WAIT_S
 from minillm.parallel.data import Replicas
 from minillm.parallel.door import House
 from minillm.parallel.instance import Instance, check_ranks, start_alike
@@ -83,10 +84,10 @@ class Split(Replicas):
         """
         self.dispatcher.flip(instance, role)
 
-    def step(self) -> list[Piece]:
+    def step(self, wait_s: float = WAIT_S) -> list[Piece]:
         """As all replicas do; every 100 ms the control plane hears of them."""
         self.control.look(time.monotonic())
-        return super().step()
+        return super().step(wait_s)
 
     def _place(self) -> None:
         """Hand out requests that nobody serves, and those whose prompts are read and which nobody goes on with."""

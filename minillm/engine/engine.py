@@ -112,8 +112,10 @@ class Engine:
         while self.requests:
             yield from self.step()
 
-    def step(self) -> list[Piece]:
-        """One turn of the loop: fill the runner, take what comes out first. No pieces when nothing can run."""
+    def step(self, wait_s: float = 0.0) -> list[Piece]:
+        """One turn of the loop: fill the runner, take what comes out first. No pieces when nothing can run. `wait_s` is for engines
+        elsewhere.
+        """
         try:
             if self.handing is not None:
                 self.handing.hear(time.monotonic())

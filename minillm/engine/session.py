@@ -13,6 +13,7 @@ from minillm.model.sampling import SamplingParams
 from minillm.trace.recorder import Recorder
 from minillm.trace.trace import Span, Trace
 
+WAIT_S = 0.05
 Params = SamplingParams | Sequence[SamplingParams] | None  # one for all prompts, or one for each
 
 
@@ -30,7 +31,7 @@ class Steps(Checks, Protocol):
 
     def add(self, requests: Sequence[Request], arrived_s: float | None = None) -> None: ...
 
-    def step(self) -> list[Piece]: ...
+    def step(self, wait_s: float = ...) -> list[Piece]: ...
 
     def cancel(self, requests: Sequence[Request]) -> None: ...
 
@@ -115,10 +116,12 @@ class Session(ABC):
             self.next_id = 0
         self.engine.record(recorder)
 
-    def step(self) -> list[Piece]:
-        """One step of the engine, for all requests that wait or run; none when there are none."""
+    def step(self, wait_s: float = WAIT_S) -> list[Piece]:
+        """One step of the engine, for all requests that wait or run; none when there are none. On ranks it is what they have given since
+        the last one, or give within `wait_s`.
+        """
         with one_thread():
-            return self.engine.step() if self.engine.requests else []
+            return self.engine.step(wait_s) if self.engine.requests else []
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """End requests; their blocks are free at once or, on ranks, when the batches under way are back. Those that have ended

@@ -18,11 +18,12 @@ from itertools import accumulate
 from multiprocessing.connection import wait
 
 from minillm.engine.request import Piece, Request, with_twins
+from minillm.engine.session import WAIT_S
 from minillm.parallel.door import House
 from minillm.parallel.instance import Instance
 from minillm.parallel.market import Exchange
 from minillm.parallel.member import lend
-from minillm.parallel.remote import WAIT_S, RemoteEngine
+from minillm.parallel.remote import RemoteEngine
 from minillm.policy.handing import Dispatcher
 from minillm.policy.options import EngineOptions
 from minillm.policy.request import Load, Order, ScheduledRequest, first_come
@@ -123,8 +124,8 @@ class Replicas:
         self._homeless.extend(requests)
         self._place()
 
-    def step(self) -> list[Piece]:
-        """Take what the ranks have given since the last time; wait a moment for it when there is nothing."""
+    def step(self, wait_s: float = WAIT_S) -> list[Piece]:
+        """Take what the ranks have given since the last time; wait so long for it when there is nothing."""
         self._look_after()
         self._place()
         if self.exchange is not None:
@@ -136,7 +137,7 @@ class Replicas:
             if engine.has_work:
                 with self._guarded(engine):
                     engine.begin()
-        self._wait()
+        self._wait(wait_s)
         for engine in self.engines:
             try:
                 if engine.has_work:
@@ -172,12 +173,12 @@ class Replicas:
                 self.router.ended(piece.request_id)
         return pieces
 
-    def _wait(self) -> None:
-        """Until an engine has something to tell, or a replica is back; a moment at most."""
+    def _wait(self, wait_s: float) -> None:
+        """Until an engine has something to tell, or a replica is back; so long at most."""
         if sources := [source for engine in self.engines for source in engine.sources]:
-            wait(sources, WAIT_S)
+            wait(sources, wait_s)
         elif self._returning:
-            wait_for_futures(self._returning.values(), WAIT_S, FIRST_COMPLETED)
+            wait_for_futures(self._returning.values(), wait_s, FIRST_COMPLETED)
 
     def _place(self) -> None:
         """Hand out the requests that nobody serves, as long as there is a replica."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from minillm.engine.handing import Note
 from minillm.engine.request import Piece, Request, with_twins
+from minillm.engine.session import WAIT_S
 from minillm.parallel.door import House
 from minillm.parallel.instance import Instance
 from minillm.parallel.member import serve
@@ -34,7 +35,6 @@ from minillm.ranks.signals import uninterrupted
 from minillm.trace.life import Event
 from minillm.trace.recorder import Recorder
 
-WAIT_S = 0.05
 _numbers = count(1)  # of engines, unique in this process
 _epochs = count(1)  # of requests that are sent
 

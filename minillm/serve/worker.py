@@ -12,6 +12,7 @@ from minillm.engine.request import Piece, Request, with_twins
 from minillm.llm import LLM
 
 TRACE_SPANS, TRACE_LIVES = 10_000, 1000  # what is kept of a server's trace
+TURN_S = 0.01  # how long a request that comes while ranks compute may wait until they hear of it
 
 
 class Busy(Exception):
@@ -125,7 +126,7 @@ class Worker:
 
     def _step(self) -> None:
         try:
-            self.llm.step()
+            self.llm.step(TURN_S)
         except Exception as error:  # such as no memory: who was in the step is told, the others are served
             failed = self.llm.engine.failed
             for job in list(self._jobs):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from operator import attrgetter
+from unittest.mock import Mock
 
 import pytest
 from tiny import make_checkpoint
@@ -176,3 +178,20 @@ def test_a_prefix_is_reused(llm: LLM) -> None:
 def test_options_of_the_wrong_kind() -> None:
     with pytest.raises(ValueError, match=r"write options=EngineOptions\(max_running=…\)"):
         LLM(options={"max_running": 3})  # type: ignore[arg-type]
+
+
+def test_a_load_waits_for_ranks_no_longer_than_until_the_next_request() -> None:
+    """They may be in the middle of a long step, and would hear of it late."""
+    at_s, waits, coming = 0.03, [], [True, True]
+    busy = Mock()
+    busy.prepare.return_value = ["first", "second"]
+    busy.submit.side_effect = lambda requests, arrived_s: coming.pop()
+
+    def step(wait_s: float) -> None:
+        waits.append(wait_s if coming else None)
+        time.sleep(wait_s)
+        busy.engine.requests = bool(coming)
+
+    busy.step, busy.config.vocab_size = step, 10
+    drive(busy, [Arrival(0.0, 3, 5), Arrival(at_s, 3, 5)])
+    assert not coming and waits[-1] is None and sum(wait for wait in waits if wait is not None) <= at_s
