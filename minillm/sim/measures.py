@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from random import Random
 from statistics import mean, median
 
 from minillm.policy.admission import Predictor
@@ -98,9 +99,19 @@ def chosen(seed: int) -> float:
     return float(distserve.place_low(CHAT, 4, seed).placement == BOTH)
 
 
-def per_gpu(seed: int) -> float:
+@dataclass(frozen=True)
+class Longer:
+    """Prompts of 1 to 1,900 tokens, each length as likely (910 on average, of those that fit), answers as before."""
+
+    def draw(self, random: Random) -> tuple[int, int]:
+        """(prompt tokens, new tokens) of one request."""
+        return random.randint(1, 1900), distserve.SHARED_LENGTHS.draw(random)[1]
+
+
+def per_gpu(seed: int, lengths: distserve.Drawn = CHAT.lengths) -> float:
     """The goodput of that placement for each GPU."""
-    return distserve.goodput(lambda: distserve.build(BOTH, CHAT), CHAT, seed)
+    setting = replace(CHAT, lengths=lengths)
+    return distserve.goodput(lambda: distserve.build(BOTH, setting), setting, seed)
 
 
 @cache
