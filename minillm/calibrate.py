@@ -4,8 +4,10 @@ steps a + b · context + c · batch, moves of a cache α + β · bytes. Runs an 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -21,6 +23,7 @@ PROMPTS = (16, 48, 96, 160, 256, 384)
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (16, 128, 320)
 STEPS = 8
+DECODES = 12  # in the time of a step that reads prompts, at most
 ROUNDS = 3
 
 
@@ -67,7 +70,7 @@ def calibrate(
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int] = CONTEXTS,
 ) -> Calibration:
-    """Run the grid, about a minute on a laptop, and fit. Where prefill and decode are on different ranks, each is measured while the other
+    """Run the grid, one or two minutes on a laptop, and fit. Where prefill and decode are on different ranks, each is measured while the other
     one is busy, as it is under load: they share the machine's memory. Moves of caches are measured, too. With fewer `rounds`, `prompts`,
     `batches` and `contexts` (tokens) it takes less, and says less.
     """
@@ -111,12 +114,16 @@ class _Grid:
         """Batches of equal requests; other ranks read prompts meanwhile, if there are any."""
         for batch in batches:
             for length in (each for each in contexts if each <= self.longest):
-                lives = self.serve(batch, length, prompts=2 if self.split else 0)
-                for number in range(2, STEPS - 1):
-                    before = [life.token_s[number - 1] for life in lives]
-                    after = [life.token_s[number] for life in lives]
-                    if max(before) < min(after):  # one step gave a token to all
-                        self.steps.append(Measure((1.0, batch * (length + number), batch), min(after) - min(before)))
+                reads = -(
+                    -batch * length // self.llm.options.max_step_tokens
+                )  # steps, in which the first ones decode already
+                meanwhile = reads * (DECODES if self.split else 1)
+                lives = self.serve(batch, length, STEPS, prompts=2 if self.split else 0, meanwhile=meanwhile)
+                last = max(lives, key=lambda life: life.token_s[0])
+                for before_s, now_s in pairwise(last.token_s[1 : STEPS - 1]):
+                    had, have = ([bisect_right(life.token_s, when) for life in lives] for when in (before_s, now_s))
+                    if all(now == before + 1 for now, before in zip(have, had)):  # one step gave a token to all
+                        self.steps.append(Measure((1.0, batch * length + sum(had), batch), now_s - before_s))
 
     def begin(self, batch: int, length: int, new: int) -> list[Request]:
         """Let so many requests begin to decode."""
@@ -127,13 +134,17 @@ class _Grid:
             self.llm.step()
         return requests
 
-    def serve(self, batch: int, length: int, new: int = STEPS, prompts: int = 0) -> list[RequestLife]:
-        """Serve so many requests, and meanwhile as many `prompts`; their lives."""
-        requests = self.begin(batch, length, new)
+    def serve(
+        self, batch: int, length: int, new: int = STEPS, prompts: int = 0, meanwhile: int = 0
+    ) -> list[RequestLife]:
+        """Serve so many requests until each has `new` tokens, and as many `prompts` after the first ones; their lives. The first may be given
+        so many tokens more `meanwhile`.
+        """
+        requests = self.begin(batch, length, new + meanwhile)
         others = [each for _ in range(prompts) for each in self._long_prompt()]
-        while any(request.finish_reason is None for request in requests):
+        while any(len(request.token_ids) < new for request in requests):
             self.llm.step()
-        self.llm.cancel(others)
+        self.llm.cancel([*requests, *others])
         return [request.life for request in requests]
 
     def _long_prompt(self) -> list[Request]:

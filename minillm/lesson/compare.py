@@ -24,7 +24,7 @@ def first_difference(expected: Sequence[Any], got: Sequence[Any]) -> tuple[int, 
                 index = tuple(off.nonzero()[0].tolist())
                 return number, index, wanted[index].item(), have[index].item()
         elif not _same(wanted, have):
-            return number, (), wanted, have
+            return number, (), wanted, have if number < len(got) else "nothing"
     if len(got) > len(expected):
         return len(expected), (), "nothing more", got[len(expected)]
     return None

@@ -59,11 +59,15 @@ class Decodes:
             self._gaps = [], []
         return ended
 
-    def put_back(self) -> Task:
-        """The one that arrived last decodes no more."""
+    def put_back(self, now_s: float) -> Task:
+        """The one that arrived last decodes no more; its last token was given now, unless it had none here yet."""
         place = max(range(len(self._heap)), key=lambda each: self._heap[each][2].arrival_s)
         _, _, task, joined = self._heap.pop(place)
         heapq.heapify(self._heap)
+        if task in self._fresh:
+            self._fresh.remove(task)
+        else:
+            task.token_s = now_s
         return self._leave(task, joined)
 
     def _leave(self, task: Task, joined: int) -> Task:

@@ -57,7 +57,7 @@ def budgeted(prompt: str, token: str | None, share: float, budget: float = BUDGE
         return Design(f"all {NAMES[prompt]}", first, int(budget / first.power))
     second = TYPES[token]
     count = budget / (share * first.power + (1 - share) * second.power)
-    prompts = max(1, round(share * count))
+    prompts = max(1, min(round(share * count), int((budget - second.power) / first.power)))  # one is left to decode
     tokens = int((budget - prompts * first.power) / second.power)
     return Design(f"{NAMES[prompt]} read, {NAMES[token]} decode", first, prompts, second, tokens)
 

@@ -253,7 +253,8 @@ class Machine:
         if task.given == 1:
             task.first_s = self.clock.now_s
         else:
-            task.longest_gap_s = max(task.longest_gap_s, self.clock.now_s - task.put_back_s)
+            task.longest_gap_s = max(task.longest_gap_s, self.clock.now_s - task.token_s)
+        task.token_s = self.clock.now_s
         if task.given == task.new:
             self.used -= task.longest if self.limits.reserve else task.read
             self._end(task)
@@ -302,8 +303,8 @@ class Machine:
         """Every request that decodes needs room for a token: put the last ones back until there is some; whether any was."""
         before = self.decodes.batch
         while not self.limits.reserve and not self._has_room(self.decodes.batch):
-            task = self.decodes.put_back()
+            task = self.decodes.put_back(self.clock.now_s)
             self.used -= task.read
-            task.read, task.preemptions, task.put_back_s = 0, task.preemptions + 1, self.clock.now_s
+            task.read, task.preemptions = 0, task.preemptions + 1
             self.waiting.put_back(task)
         return self.decodes.batch < before

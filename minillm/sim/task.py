@@ -29,7 +29,7 @@ class Task:
     finished_s: float = NEVER
     longest_gap_s: float = 0.0
     preemptions: int = 0
-    put_back_s: float = NEVER  # when it was preempted last
+    token_s: float = NEVER  # its last token, when its prompt was read, or it was put back
 
     @classmethod
     def of(cls, request_id: int, arrival: Arrival) -> Task:

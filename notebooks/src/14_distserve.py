@@ -23,7 +23,7 @@
 # | term | 中文 | in one line |
 # |---|---|---|
 # | placement | 部署方案 | which instances there are, and the layout of each |
-# | goodput per GPU | 单卡有效吞吐 | the highest request rate, for each GPU, at which 90 % keep to the goals |
+# | goodput per GPU | 单卡有效吞吐 | the highest request rate, for each GPU, at which the goals are kept |
 # | SLO attainment | SLO 达成率 | the share of requests within the goals |
 # | intra-, inter-operator | 算子内/算子间并行 | the paper's words for tensor parallel and pipeline |
 # | M/D/1 | M/D/1 队列 | random arrivals, equal service times, one server |
@@ -80,8 +80,8 @@ words = (
     " that is worth it, for each phase by itself."
 )
 busy = (
-    "Two ranks should gain here: is this machine busy with something else? Run the cell above"
-    " again."
+    "Two ranks should gain here: is this machine busy with something else? Run the measurement"
+    " above again, and this cell."
 )
 step.reveal(
     gains[1],
@@ -97,8 +97,9 @@ step.reveal(
 # %% [markdown]
 # ## By hand: who waits behind whom
 #
-# Prompts come at random, each takes D = 1 s on one device; R come in a second. Two devices can be a pipeline of two stages (a prompt still takes 1 s,
-# but the next one begins after 0.5), or two tensor parallel ranks, K times as fast together.
+# Prompts come at random, each takes D = 1 s on one device (an M/D/1 queue); R come in a second. Two devices can be a pipeline of two stages (the
+# paper: inter-operator parallelism; a prompt still takes 1 s, but the next one begins after 0.5), or two tensor parallel ranks (intra-operator), K
+# times as fast together.
 
 # %%
 R, D, K = 0.5, 1.0, 1.5
@@ -108,7 +109,7 @@ print(f"tensor parallel {D / K + R * D**2 / (2 * K * (K - R * D)):.2f} s")
 
 # %% [markdown]
 # At which load does the pipeline win? (The lines are the last two formulas above, DistServe's (2) and (3); the dots are our simulator, which knows
-# none of them: 6,000 prompts each, from an empty queue on.)
+# none of them: 20,000 prompts each.)
 
 # %%
 from minillm.sim.surveys import queues
@@ -131,7 +132,9 @@ WhatIf(
 # ## A cluster on a laptop
 #
 # DistServe's authors measured OPT-13B on A100s, and published the fits: a prompt step takes a + b · tokens + c · Σ length². With these our
-# simulator drives *the engine's own* dispatcher and routers. 300 requests, one GPU for each phase (in brackets: 95 % intervals):
+# simulator drives *the engine's own* dispatcher and routers. 300 requests, one GPU for each phase (in brackets: 95 % intervals, with a question
+# mark where 300 requests are too few; requests/s count until the last token, so they are fewer than 3). The last line counts who keeps both goals;
+# the paper's search, and the maps below, ask that 90 % keep each goal by itself.
 
 # %%
 from minillm.sim import distserve
@@ -184,13 +187,13 @@ best.reveal(
 # %% [markdown]
 # ## The paper's figure
 #
-# It compares with vLLM as it was in 2023, on one GPU: prompts first, and its own slower steps. Its goal for a chat is TTFT ≤ 250 ms there. We add a
-# third way, that the paper has not: *doing both* on two GPUs, with DistServe's own step times.
+# It compares with vLLM as it was in 2023, on one GPU: prompts first, and its own slower steps. Its goal for a chat is TTFT ≤ 250 ms there, and a
+# request counts when it keeps *both* goals. We add a third way, that the paper has not: *doing both* on two GPUs, with DistServe's own step times.
 
 # %%
 both = Predict(
     "14.both",
-    "90 % within both goals: how many times vLLM's rate, for each GPU, does DistServe serve?",
+    "80 % within both goals: how many times vLLM's rate, for each GPU, does DistServe serve?",
     "×",
     1,
     32,
@@ -198,30 +201,31 @@ both = Predict(
 both
 
 # %%
-from minillm.sim.claims import check, find
-from minillm.sim.surveys import figure8, knee
+from minillm.sim.surveys import figure8, knee, knees
 from minillm.viz.goodput import draw_attainment
 
 ways = figure8(seeds=8)
-apart_knee, both_knee, vllm_knee = (knee(points) for points in ways.values())
-ratio = check(find("distserve-over-vllm"), seeds=8)
+apart, together, vllm = ways.values()
+at = {share: knee(apart, share) / knee(vllm, share) for share in (0.7, 0.8)}
+low, high = knees(vllm)
 rows = [maps.together["both, 1 rank"], maps.together["both, 2 ranks"], maps.pairs[2, 1]]
 both.reveal(
-    apart_knee / max(0.1, vllm_knee),
-    f"{apart_knee:.1f} against {vllm_knee:.1f}; the paper prints 4.6 times. Where does it come"
-    f" from? In the map above: doing both on 1 rank {rows[0]:.1f}, on 2 ranks {rows[1]:.1f}, apart"
+    at[0.8],
+    f"{knee(apart, 0.8):.1f} against {knee(vllm, 0.8):.1f} requests/s. And it depends on the share"
+    f" that is asked: for 70 % it is {at[0.7]:.1f} times. For 90 % the paper prints 4.6; here one"
+    " GPU reads one prompt in ten too late even when nobody else is there, its curve is flat, and"
+    f" its rate at 90 % anything from {low:.1f} to {high:.1f}. Where does the gain come from? In"
+    f" the map above: doing both on 1 rank {rows[0]:.1f}, on 2 ranks {rows[1]:.1f}, apart"
     f" {rows[2]:.1f}. From the second rank, which the paper's vLLM does not have, and from vLLM's"
-    " slower steps. (With the 90th percentile of each goal taken by itself, as the paper's search"
-    f" does, it is {ratio.mean:.1f} ± {ratio.deviation:.1f} times: look at the sign, our lengths"
-    " are not the paper's.)",
+    " slower steps.",
     draw_attainment(
         ways,
         {"DistServe, 2 and 1 GPUs": 1.56},
-        f"90 % within both goals: vLLM up to {vllm_knee:.1f}, DistServe {apart_knee:.1f}, doing"
-        f" both on two GPUs {both_knee:.1f}",
+        f"80 % within both goals: vLLM up to {knee(vllm, 0.8):.1f}, DistServe"
+        f" {knee(apart, 0.8):.1f}, doing both on two GPUs {knee(together, 0.8):.1f}",
         "simulated · OPT-13B on A100 80GB, fits of DistServe and of its vLLM · TTFT ≤ 250 ms, TPOT"
         " ≤ 100 ms · 300 requests, 8 seeds, bars: deviation from seed to seed; dashed: DistServe's"
-        " goodput as printed",
+        " goodput as printed, at 90 %",
     ),
     how="simulated",
 )
@@ -268,16 +272,16 @@ WhatIf(
 # %% [markdown]
 # ## Break it: the first word within 20 ms
 #
-# As long as a step with some 210 tokens takes on four A100s.
+# On four A100s a step with some 210 tokens takes as long. Here `place_low` looks for a pair that gives the first word within 20 ms.
 
 # %%
 hopeless = Predict(
     "14.hopeless",
-    "What does the search say?",
+    "What does the search do?",
     choices=(
-        "the pair with the most GPUs",
-        "a goodput of 0 for all",
-        "that it cannot be, and by how much",
+        "it takes the pair with the most GPUs",
+        "it finds a goodput of 0 for every pair, and takes the first",
+        "it refuses, and says how far off the fastest pair is",
         "it searches for ever",
     ),
 )
@@ -348,13 +352,13 @@ print(compare(twin_of(apart, fit).serve(chat), drive(apart, chat).lives))
 # %%exercise 14.means
 
 # %% [markdown]
-# **Find the placement** (about 25 minutes). Five loads that you do not see, and 20 simulations for each.
+# **Find the placement** (about 25 minutes). Five loads that you do not see, and 36 simulations for each. Here nine in ten requests keep both goals.
 
 # %% tags=["exercise"]
 # %%exercise 14.place
 
 # %% [markdown]
-# Your `place` (or, until it is solved, the course's) on this lesson's load, with up to eight GPUs:
+# Your `place` (or, until it is solved, the course's) on this lesson's load, with up to eight GPUs (the map above had four):
 
 # %%
 from minillm.lesson.desk import whose
@@ -372,7 +376,10 @@ def simulate(prefill, decode, rate):
     return distserve.attainment(served, setting.slo)
 
 
-print(f"place is {whose(place)}: {place(simulate)}")
+found = place(simulate)
+print(f"place is {whose(place)}: {found}")
+for pair in dict.fromkeys([found, (2, 1)]):
+    print(f"{pair}: {simulate(*pair, 2.5):.0%} within both goals at 2.5 requests/s for each GPU")
 
 # %% [markdown]
 # ## Passport

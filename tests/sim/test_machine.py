@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 from helpers import EXAMPLES
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minillm.hardware.devices import Link
@@ -104,6 +104,7 @@ LIMITS = st.builds(
 
 @settings(max_examples=EXAMPLES)
 @given(WORK, LIMITS, st.integers(2, 5), st.booleans())
+@example([Arrival(1.719, 1, 7), Arrival(1.766, 35, 2), Arrival(1.711, 40, 9)], Limits(90, 3, 8, False), 2, False)
 def test_everyone_is_served_and_nothing_is_kept(work: list[Arrival], limits: Limits, count: int, early: bool) -> None:
     for cluster in clusters(limits, count, early):
         tasks = cluster.serve(work)

@@ -214,6 +214,7 @@ ROUTER = Exercise(
         Case("three at once, A100 and H100", (("A100", "H100"), ((Arrival(0.0, 2000, 2),) * 3,))),
         Case("conversations, 2 A100 and 2 H100", (("A100", "A100", "H100", "H100"), loads(1, 2.5))),
         Case("conversations, 3 A100 and 1 H100", (("A100", "A100", "A100", "H100"), loads(2, 2.0))),
+        Case("a crowd at once, A100 and H100", (("A100", "H100"), tuple((Arrival(0.0, tokens, 2),) * 16 for tokens in (1500, 2000)))),
         Case("a quiet hour, 2 A100 and 2 H100", (("H100", "A100", "H100", "A100"), loads(3, 1.5))),
     ),
     starter='''\

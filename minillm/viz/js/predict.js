@@ -35,10 +35,11 @@ function render({ model, el }) {
       Object.assign(field, { type: "number", min: low, max: high, step: "any", value: model.get("guess") ?? "" });
       field.setAttribute("aria-label", "your guess");
       field.addEventListener("input", () => { // the button stays where it is while one types
-        if (!(+field.value > 0)) return;
-        model.set("guess", Math.min(Math.max(+field.value, low), high));
-        lock.disabled = false;
-        lock.style.opacity = 1;
+        const inside = +field.value >= low && +field.value <= high;
+        if (inside) model.set("guess", +field.value);
+        lock.disabled = !inside;
+        lock.style.opacity = inside ? 1 : 0.5;
+        note.textContent = inside || field.value === "" ? "" : `give a number from ${plain(low)} to ${plain(high)}`;
       });
       field.addEventListener("keydown", (event) => { if (event.key === "Enter" && !lock.disabled) set({ locked: true }); });
       element("span", {}, line, `${unit} `);
@@ -47,7 +48,7 @@ function render({ model, el }) {
     lock.disabled = model.get("guess") === null;
     lock.style.opacity = lock.disabled ? 0.5 : 1;
     button(line, "skip", "see the measurement without a guess", () => set({ skipped: true }));
-    if (!choices.length && model.get("guess") === null) element("span", { color: LOOK.faint }, line, "click on the axis, or type a number");
+    const note = element("span", { color: LOOK.faint }, line, !choices.length && model.get("guess") === null ? "click on the axis, or type a number" : "");
   }
 
   function set(values) {
