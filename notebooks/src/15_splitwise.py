@@ -76,12 +76,11 @@ from minillm.viz.requests import draw_requests
 
 burst.reveal(
     last["roles"] / last["pools"],
-    f"{last['roles']:.1f} s with fixed roles, {last['pools']:.1f} s with pools. Requests without"
-    " pink go on where they were read: at the borrowed rank, or at the first one, once nobody was"
-    " left to borrow. A long pink bar is a cache that waits for a rank which is in the middle of"
-    f" reading: that is what borrowing costs (up to {stalls['pools']:.2f} s between two tokens,"
-    f" with fixed roles {stalls['roles']:.2f}). A borrowed machine goes back to its role as soon as"
-    " it is idle.",
+    f"{last['roles']:.1f} s with fixed roles, {last['pools']:.1f} s with pools: both ranks read,"
+    " and some requests decode where they were read. What it costs, as in lesson 13: whoever"
+    " decodes at a rank waits while that rank reads other prompts. The longest time between two"
+    f" tokens is {stalls['pools']:.2f} s, with fixed roles {stalls['roles']:.2f}. A borrowed"
+    " machine goes back to its role as soon as it is idle.",
     draw_requests(
         traces["pools"],
         f"Pools: the last first token after {last['pools']:.1f} s instead of {last['roles']:.1f}",
