@@ -150,10 +150,10 @@ def test_an_interrupt_loses_only_its_call(one: LLM, pipes: dict[str, LLM], monke
     got = [next(other).token_id]
     begin, prepare = time.monotonic(), llm.engine.step
 
-    def interrupted() -> list:
+    def interrupted(wait_s: float) -> list:
         if time.monotonic() - begin > 0.02:
             raise KeyboardInterrupt
-        return prepare()
+        return prepare(wait_s)
 
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
