@@ -76,7 +76,7 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     legend(
         axis,
         [Line2D([], [], color=KV_CACHE, linewidth=3), *handles],
-        ["free, as predicted", "there is room for it", "there is not"],
+        ["free, as predicted, without the new one", "there is room for it", "there is not"],
     )
     return frame(figure, _who_lets_it_in([name for name, yes in says.items() if yes]), caption)
 

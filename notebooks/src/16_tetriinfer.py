@@ -109,7 +109,7 @@ print(
 # %% [markdown]
 # So *greedy* and *reserve-dynamic* let it in, *reserve-static* does not. Now find a state in which *greedy* alone lets one in. And one in which
 # *reserve-dynamic* does, though soon after somebody must be put back: it checks only the moment when the first one ends, not the
-# steps before it.
+# steps before it. (The line is drawn without the new one: once it is in, it takes what it has, and a token a step.)
 
 # %%
 from minillm.policy.admission import Running
@@ -307,11 +307,11 @@ means = {
 asked = gains.choices
 gains.reveal(
     max(range(4), key=lambda number: means[asked[number]]),
-    "There both instances have much to do, and two are at most twice one; in the paper, too"
-    " (0.81). Other places differ: light prompts with light answers gain most here, mixed loads in"
-    " the paper (0.50). But TetriInfer uses two instances and vLLM one: against two of vLLM, as"
-    f" many GPUs, its completion time is {over_two():.2f} times as long with light prompts and"
-    " heavy answers.",
+    "There the cache of the one instance that decodes is too small for them (two that decode need"
+    " 0.59 times as long: try it above). It gains least in the paper, too (0.81). Other places"
+    " differ: light prompts with light answers gain most here, mixed loads in the paper (0.50)."
+    " But TetriInfer uses two instances and vLLM one: against two of vLLM, as many GPUs, its"
+    f" completion time is {over_two():.2f} times as long with light prompts and heavy answers.",
     draw_loads(
         sides,
         f"Completion time gains least with {max(means, key=means.get)}: {max(means.values()):.2f}"
@@ -326,7 +326,7 @@ gains.reveal(
 # %% [markdown]
 # **What the paper does not say.** There is no code; its network is emulated; what "load" its scheduler compares, and what vLLM's "batch 16" is,
 # are not defined (we take 16 places). So we look for signs: the digits differ, and so does part of the order. Its chunks hold prompts only;
-# vLLM's chunks have decodes in them.
+# today's vLLM has decodes in them, too (the one simulated here reads prompts first, as the paper's).
 
 # %% [markdown]
 # ## Simulated, and real
@@ -346,7 +346,7 @@ for name, llm, real in (("greedy", greedy, by_greedy), ("reserve-dynamic", dynam
 
 # %% [markdown]
 # And the order of prompts: eight of 16 to 192 tokens come at once, and are read in chunks of 64. With the shortest first they wait less on
-# average, and the longest waits most.
+# average.
 
 # %% tags=["nbval-ignore-output"]
 prompts = [Arrival(0.0, tokens, 2) for tokens in (192, 16, 160, 32, 96, 24, 128, 16)]
