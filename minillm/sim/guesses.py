@@ -83,13 +83,13 @@ def put_back(gate: str, right: float, seeds: int = 8) -> float:
     )
 
 
-def over_two(seeds: int = 8) -> float:
-    """Completion time of LPHD over that of two vLLM instances, which have as many GPUs."""
+def over_two(seeds: int = 8, load: str = LOAD) -> float:
+    """Completion time of a load over that of two vLLM instances, which have as many GPUs."""
     costs = tetri.v100_pair()
     each = []
     for seed in range(seeds):
-        theirs = tetri.baseline(costs, instances=2).serve(tetri.workload(LOAD, seed))
-        each.append(serve(Setup(), LOAD, seed).completion_s / tetri.means(theirs)[1])
+        theirs = tetri.baseline(costs, instances=2).serve(tetri.workload(load, seed))
+        each.append(serve(Setup(), load, seed).completion_s / tetri.means(theirs)[1])
     return mean(each)
 
 

@@ -28,7 +28,7 @@ def free_then(free: int, running: Sequence[Running], steps: int) -> int:
 
 
 def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Running], caption: str) -> Figure:
-    """Free memory over the steps to come without the candidate, and at what height each gate asks for room, and when."""
+    """Free memory over the steps to come without the candidate and, if it can start, with it; at what height each gate asks for room, and when."""
     figure, (axis, aside) = new_figure(3.6, [1, 0.42])
     aside.set(xlim=(0, 1), ylim=(0, 1))
     aside.axis("off")
@@ -38,6 +38,10 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     line = [free_then(free, running, step) for step in steps]
     axis.fill_between(steps, line, step="post", color=KV_CACHE, alpha=0.25, linewidth=0)
     axis.step(steps, line, where="post", color=KV_CACHE, linewidth=2.2)
+    let_in = line
+    if tokens + 1 <= free:
+        let_in = [free_then(free - tokens, [*running, Running(tokens, to_come)], step) for step in steps]
+        axis.step(steps, let_in, where="post", color=INK, linewidth=1.6, linestyle="--")
     says = {name: gate(tokens, to_come, free, running) for name, gate in GATES.items()}
     wide = steps[-1] or 1
     for place, (name, needs) in enumerate(_needs(tokens, to_come, first, running).items()):
@@ -58,16 +62,17 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     top = max([*line, tokens + to_come]) * 1.25
     axis.set(
         xlim=(-0.06 * wide, wide * 1.02),
-        ylim=(min(0, *line), top),
+        ylim=(1.1 * min(0, *line, *let_in), top),
         xlabel="decode steps from now",
         ylabel="tokens of cache free",
     )
-    if min(line) < 0:
+    if min(let_in) < 0:
         axis.axhline(0, color=INK, linewidth=1.1)
-        dip = steps[line.index(min(line))]
+        dip = next(step for step, left in zip(steps, let_in) if left < 0)
+        said = f"too little{' with it' if min(line) >= 0 else ''}: somebody is put back"
         axis.annotate(
-            "too little: somebody is put back", (dip, min(line)), xytext=(6 if dip < wide / 2 else -6, 2), textcoords="offset points",
-            ha="left" if dip < wide / 2 else "right", fontsize=9.5, color=INK, bbox=BEHIND,
+            said, (dip, 0), xytext=(0.5, 0.93), textcoords="axes fraction", arrowprops={"arrowstyle": "->", "color": INK},
+            ha="center", va="top", fontsize=9.5, color=INK, bbox=BEHIND,
         )  # fmt: skip
     handles = [
         Line2D([], [], marker=each, color="none", markerfacecolor=INK, markeredgecolor="white", markersize=10)
@@ -75,8 +80,8 @@ def draw_forecast(tokens: int, to_come: int, free: int, running: Sequence[Runnin
     ]
     legend(
         axis,
-        [Line2D([], [], color=KV_CACHE, linewidth=3), *handles],
-        ["free, as predicted, without the new one", "there is room for it", "there is not"],
+        [Line2D([], [], color=KV_CACHE, linewidth=3), Line2D([], [], color=INK, linestyle="--"), *handles],
+        ["free without it", "free once it is in", "there is room for it", "there is not"],
     )
     return frame(figure, _who_lets_it_in([name for name, yes in says.items() if yes]), caption)
 

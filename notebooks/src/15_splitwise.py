@@ -56,7 +56,7 @@ from minillm.lesson.predict import Predict
 
 burst = Predict(
     "15.burst",
-    "With pools: how many times sooner does the last of the six get its first token?",
+    "With pools: how many times as soon does the last of the six get its first token?",
     "×",
     0.5,
     8,
@@ -83,7 +83,8 @@ burst.reveal(
     " machine goes back to its role as soon as it is idle.",
     draw_requests(
         traces["pools"],
-        f"Pools: the last first token after {last['pools']:.1f} s instead of {last['roles']:.1f}",
+        f"Pools: the last request's first token after {last['pools']:.1f} s instead of"
+        f" {last['roles']:.1f}",
     ),
 )
 
@@ -270,8 +271,9 @@ gain.reveal(
 # %% [markdown]
 # **What the paper does not say.** Caches move over links of their own, as if nobody else were sending. Prompts are never cut: chunked prefill came
 # later. And the abstract's 2.35 times is for machines at the same cost *and* power; the order of designs depends on the load. In the small cluster
-# above, for conversations, AA keeps all nine up to 18 requests/s and all A100 up to 10, but all H100, HA and HHcap lie close together (20 to 22); by
-# batch, HHcap and all H100 lead (16), and AA is left with 10. For code whoever splits keeps them up to 12, all H100 up to 8, and all A100 never.
+# above, for conversations, AA keeps all nine up to 18 requests/s (60 % read) and all A100 up to 10; HH keeps them up to 18, and all H100, HA and HHcap
+# up to 20. By batch, HHcap and all H100 lead (16), and AA is left with 10. For code AA, HA, HH and HHcap keep them up to 12 (75 or 90 % read), all H100
+# up to 8, and all A100 never.
 # (vLLM's view of splitting stands in lesson 14.)
 
 # %% [markdown]

@@ -535,7 +535,7 @@ def test_lesson_15(browser: Any, lab: str) -> None:
     page = open_lesson(browser, lab, "15_splitwise.ipynb")
     assert page.locator(".minillm-card").count() == 0
     run_all(page, "15")
-    ask = page.locator(".minillm-card", has_text="how many times sooner does the last of the six")
+    ask = page.locator(".minillm-card", has_text="how many times as soon does the last of the six")
     ask.first.locator("input[type=number]").fill("100")  # the axis ends at 8
     assert "give a number from 0.5 to 8" in ask.first.inner_text()
     assert ask.first.locator("button", has_text="That is my guess").is_disabled()

@@ -210,7 +210,8 @@ def admit(tokens, to_come, free, running):
     free: tokens of cache that are free now; running: (tokens, to_come) of each that decodes. It
     needs room for tokens + 1 now. And all that it may become must fit what will be free when the
     first of those that run ends (of several at once, the first in the list): until then each takes a
-    token a step, and then that one gives back all it has by then. Alone it may start.
+    token a step, and then that one gives back all it has by then. If nobody runs, room for tokens
+    + 1 is enough.
     """
     return tokens + 1 <= free  # greedy. MEND (about 6 lines)
 ''',
