@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 
 from minillm.policy.admission import Predictor
@@ -47,6 +49,27 @@ def test_a_watt_reads_more_on_the_new_machine_and_decodes_more_on_the_old() -> N
     assert machines["A100"] == (1.0, 1.0)
     assert machines["H100"][0] > 1 > machines["H100"][1]
     assert machines["capped H100"][1] > 1
+
+
+def test_what_lesson_16_says_of_its_controls() -> None:
+    guess = Predictor(200, 0.75)
+    took = lambda load, **setup: mean(  # noqa: E731
+        serve(Setup(predictor=guess, **setup), load, seed).completion_s for seed in range(4)
+    )
+    assert [took("HPHD", decodes=count) for count in (1, 2)] == pytest.approx([29.9, 17.6], rel=0.02)
+    assert took("HPHD", prefills=2) > 0.95 * 29.9, "a second one that reads hardly helps"
+    mixed = [
+        took("Mixed", order=order, window=window, gate="greedy")
+        for order, window in (("fcfs", 16), ("sjf", 16), ("sjf", 128))
+    ]
+    assert mixed[1] > 0.95 * mixed[0] and [mixed[0], mixed[2]] == pytest.approx([11.7, 8.1], rel=0.02)
+    static, dynamic = (
+        [over_greedy(f"reserve-{gate}", Predictor(200, 0.0, buckets), 4)[0] for buckets in (2, 3, 8)]
+        for gate in ("static", "dynamic")
+    )
+    assert static == pytest.approx([0.98, 0.95, 0.85], abs=0.01) and dynamic == pytest.approx(
+        [1.0, 1.0, 0.87], abs=0.01
+    )
 
 
 def test_a_budget_buys_machines() -> None:
