@@ -685,4 +685,4 @@ def test_first_difference() -> None:
     assert first_difference([1, 2.0], [1.0, 2]) is None
     assert first_difference([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 3.0])]) == (0, (1,), 2.0, 3.0)
     assert first_difference([torch.zeros(2)], [None]) == (0, (), "a tensor [2]", "None")
-    assert first_difference([1, 2], [1]) == (1, (), 2, None)
+    assert first_difference([1, 2], [1]) == (1, (), 2, "nothing")
