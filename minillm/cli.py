@@ -173,6 +173,11 @@ def _add_engine(options: argparse.ArgumentParser, prefix_reuse: bool) -> None:
         "--most-lent", type=int, metavar="N", help="blocks that each lends (default: all that are free)"
     )
     options.add_argument("--move-blocks", type=int, default=1, metavar="N", help="of a request in a step (default 1)")
+    _add_split(options)
+
+
+def _add_split(options: argparse.ArgumentParser) -> None:
+    """Those of prefill and decode instances."""
     options.add_argument(
         "--kv-transfer", default="layer", help="from prefill to decode instances: whole, chunk or layer (default)"
     )

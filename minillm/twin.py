@@ -15,7 +15,7 @@ from minillm.parallel.data import Replicas
 from minillm.policy.admission import GATES
 from minillm.policy.options import EngineOptions
 from minillm.policy.pooled import PoolDispatcher
-from minillm.policy.queue import PROMPT_ORDERS, Queue, Windowed
+from minillm.policy.queue import Queue, by_length
 from minillm.policy.router import make_router
 from minillm.sim.broadcast import Broadcasting
 from minillm.sim.cluster import Cluster, Kind, Together, Wires
@@ -86,8 +86,7 @@ def _limits(llm: LLM) -> list[Limits]:
 def _queue(options: EngineOptions) -> Queue[Task]:
     if options.prompt_order == "fcfs":
         return Queue()
-    sign = PROMPT_ORDERS[options.prompt_order]
-    return Windowed(lambda task: sign * task.tokens, options.prompt_window)
+    return by_length(options.prompt_order, options.prompt_window, lambda task: task.tokens)
 
 
 def compare(tasks: Sequence[Task], lives: Sequence[RequestLife], percents: Sequence[int] = (50, 90)) -> str:

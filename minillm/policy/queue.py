@@ -104,3 +104,11 @@ class Windowed(Queue[Waiting]):
 
     def remove(self, one: Waiting) -> None:
         (self._window if one in self._window else self._waiting).remove(one)
+
+
+def by_length(
+    order: str, size: int, length: Callable[[Waiting], int], before: Callable[[Waiting], Any] = lambda one: ()
+) -> Windowed[Waiting]:
+    """Windows sorted by `before`, and then by length as one of `PROMPT_ORDERS` says."""
+    sign = PROMPT_ORDERS[order]
+    return Windowed(lambda one: (before(one), sign * length(one)), size)

@@ -13,7 +13,7 @@ from itertools import islice
 from minillm.policy.batch import Batch
 from minillm.policy.blocks import BlockPool, BlockTable
 from minillm.policy.options import EngineOptions
-from minillm.policy.queue import PROMPT_ORDERS, Ordered, Queue, Windowed
+from minillm.policy.queue import Ordered, Queue, by_length
 from minillm.policy.request import Load, Order, ScheduledRequest, Status, first_come
 from minillm.policy.step import Step
 
@@ -186,8 +186,8 @@ class Scheduler:
             return Ordered(lambda request, now_s: self.order(request, now_s))
         if self.order is not first_come:
             raise ValueError(f"prompt_order={options.prompt_order!r} and an order of one's own: give one of them")
-        sign = PROMPT_ORDERS[options.prompt_order]
-        return Windowed(lambda each: (not each.arriving, each.priority, sign * len(each.tokens)), options.prompt_window)
+        before = lambda each: (not each.arriving, each.priority)  # noqa: E731
+        return by_length(options.prompt_order, options.prompt_window, lambda each: len(each.tokens), before)
 
     def _share(self) -> int:
         """The most requests of one batch. When several batches are to be under way, an equal part of all that run or can

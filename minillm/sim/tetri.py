@@ -13,7 +13,7 @@ from minillm.hardware.devices import Link, find_device
 from minillm.model.config import ModelConfig
 from minillm.policy.admission import GATES, HEAVY, Gate, Predictor, Running
 from minillm.policy.handing import Dispatcher, Role
-from minillm.policy.queue import PROMPT_ORDERS, Queue, Windowed
+from minillm.policy.queue import PROMPT_ORDERS, Queue, by_length
 from minillm.policy.router import LeastTokens
 from minillm.policy.spread import PowerOfTwo
 from minillm.sim.broadcast import Broadcasting
@@ -93,8 +93,7 @@ class Tetri(Broadcasting):
         super().arrive(task)
 
     def _queue(self) -> Queue[Task]:
-        sign = PROMPT_ORDERS[self.setup.order]
-        return Windowed(lambda task: sign * task.prompt, self.setup.window)
+        return by_length(self.setup.order, self.setup.window, lambda task: task.prompt)
 
 
 def baseline(costs: Costs, running: int = 16, cache_tokens: int = 20_000, instances: int = 1) -> Cluster:
